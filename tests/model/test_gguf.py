@@ -12,8 +12,8 @@ from brise.model.gguf import GGUFError, convert_gguf, open_gguf, plan_tensors, r
 
 gguf = pytest.importorskip("gguf")
 
-TOKENS = ["<|end|>", "<|im|>", "<tool>", *"abcdefghij", "Ġ", *"0123456789", "ab", "Ġc", "ĠĠ", "Ġ1"]
-MERGES = ["a b", "Ġ c", "Ġ Ġ", "Ġ 1"]
+TOKENS = ["<|end|>", "<|im|>", "<tool>", *"abcdefghij", "Ġ", *"0123456789", "ab", "Ġc", "ĠĠ", "Ġ1", "12"]
+MERGES = ["a b", "Ġ c", "Ġ Ġ", "Ġ 1", "1 2"]
 TYPES = [3, 3, 4] + [1] * (len(TOKENS) - 3)
 SHORT = {
     "input_layernorm": "attn_norm",
@@ -162,6 +162,7 @@ def test_the_tokenizer_splits_digits_and_takes_its_special_tokens(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(convert_gguf(path, tmp_path / "out"))
     # by hand: the digit is cut off before the merges, so neither "Ġ1" nor " 1" may take the second space
     assert tokenizer.tokenize("ab c  1") == ["ab", "Ġc", "ĠĠ", "1"]
+    assert tokenizer.tokenize("a12") == ["a", "1", "2"]
     assert tokenizer("<|im|>a<tool>").input_ids == [1, 3, 2]
     assert tokenizer.decode([1, 3, 2], skip_special_tokens=True) == "a<tool>"
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.model_max_length) == (
@@ -177,6 +178,7 @@ def test_gpt2_splitting_is_another_one(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", tiny_llama(), tokenizer={"pre": "gpt-2"})
     tokenizer = AutoTokenizer.from_pretrained(convert_gguf(path, tmp_path / "out"))
     assert tokenizer.tokenize("ab c  1") == ["ab", "Ġc", "Ġ", "Ġ1"]
+    assert tokenizer.tokenize("a12") == ["a", "12"]
 
 
 def test_bos_is_added_where_the_file_says_so(tmp_path):
