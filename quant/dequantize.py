@@ -1,0 +1,69 @@
+"""Codes back to weights, a range of rows at a time, so that the whole fp32 matrix never has to exist.
+
+A byte of two 4-bit codes indexes a table of 256 pairs, so that two weights cost one look-up.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .formats import FORMATS
+from .packing import unpack_codes
+
+if TYPE_CHECKING:
+    from .tensor import QuantizedTensor
+
+# weights decoded at a time: codes and result of a chunk stay in a core's L2 cache
+_CHUNK = 1 << 17
+
+
+def dequantize_rows(q: QuantizedTensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows ``start`` to ``stop`` of the weight [N, K], computed in fp32 and rounded once to ``dtype``."""
+    fmt = FORMATS[q.spec.format]
+    width = q.shape[1]
+    packed = q.tensors["qweight"]
+    params = q.params(start, stop)
+    groups = params.scale.shape[1]
+    out = torch.empty(stop - start, width, dtype=dtype, device=packed.device)
+    pairs = None
+    if fmt.bits == 4 and params.g_idx is None and width % 2 == 0:
+        pairs = _pairs(q.spec.format, q.spec.symmetric, packed.device)
+    step = max(1, _CHUNK // width)
+    for first in range(0, stop - start, step):
+        part = slice(first, min(first + step, stop - start))
+        codes = packed[start + part.start : start + part.stop]
+        target = out[part]
+        scale, zero = params.scale[part], None if params.zero is None else params.zero[part]
+        if pairs is not None:
+            weights = target if dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
+            index = codes.flatten().to(torch.int32)
+            torch.index_select(pairs, 0, index, out=weights.view(torch.int64).view(-1))
+            grouped = weights.view(-1, groups, width // groups)
+            if zero is not None:
+                grouped.sub_(zero[..., None])
+            grouped.mul_(scale[..., None])
+            if weights is not target:
+                target.copy_(weights)
+            continue
+        unpacked = unpack_codes(codes, fmt.bits, width)
+        if params.g_idx is not None:
+            index = params.g_idx.long()
+            target.copy_(fmt.decode(unpacked, scale[:, index], None if zero is None else zero[:, index]))
+        else:
+            zero = None if zero is None else zero[..., None]
+            target.copy_(fmt.decode(unpacked.unflatten(1, (groups, -1)), scale[..., None], zero).flatten(1))
+    return out
+
+
+@lru_cache(maxsize=16)
+def _pairs(format: str, symmetric: bool, device: torch.device) -> Tensor:
+    """The two unscaled fp32 weights of every byte as one int64 [256], the low nibble first in memory."""
+    byte = torch.arange(256, dtype=torch.uint8, device=device)
+    codes = torch.stack([byte & 15, byte >> 4], dim=1)
+    zero = None if symmetric else torch.zeros((), device=device)
+    weights = FORMATS[format].decode(codes, torch.ones((), device=device), zero)
+    return weights.contiguous().view(torch.int64).flatten()

@@ -1,0 +1,54 @@
+"""The Format protocol, and the table of formats: the one place where a new one is named.
+
+A format says which numbers a weight can take. It works elementwise, on anything that broadcasts: a whole matrix
+in groups for plain rounding, one column at a time for GPTQ. It knows nothing of how codes are chosen
+(:mod:`.algorithms`) or laid out on disk (:mod:`.tensor`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from .integer import INTEGERS
+from .nf4 import FP4, NF4
+
+if TYPE_CHECKING:
+    from .config import QuantSpec
+
+
+class Format(Protocol):
+    """What an algorithm may ask of a format."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def default_group(self) -> int | None: ...
+    @property
+    def default_scale_dtype(self) -> str: ...
+    @property
+    def codes_from_exact_scale(self) -> bool:
+        """Plain rounding encodes with the scale before storage rounds it (else with the stored one)."""
+        ...
+
+    def check(self, spec: QuantSpec) -> None:
+        """Raise ConfigError if the spec asks for what the format has not."""
+        ...
+
+    def fit(self, groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        """fp32 groups [..., g] -> (scale fp32 [...], zero point uint8 [...] or None)."""
+        ...
+
+    def encode(self, w: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        """fp32 weights -> nearest uint8 codes; scale and zero broadcast to w."""
+        ...
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        """uint8 codes -> fp32 weights; scale and zero broadcast to the codes."""
+        ...
+
+
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (NF4, FP4, *INTEGERS)}

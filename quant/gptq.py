@@ -1,0 +1,221 @@
+"""GPTQ: codes chosen one input channel at a time, the error of each carried over to the channels still open.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+arXiv:2210.17323, algorithm 1, with act-order and static groups of the authors' later code. It minimises
+``(W - Q) H (W - Q)^T`` with ``H = X^T X`` over the calibration inputs X [T, K], onto any format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .formats import FORMATS
+from .refine import objective, refine
+from .scales import choose_params, stored_params
+from .tensor import Params, QuantizedTensor, groups_per_row
+
+if TYPE_CHECKING:
+    from .config import QuantSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQOptions:
+    """Options of gptq.
+
+    Attributes:
+        act_order: take the input channels by falling diagonal of the Hessian, largest inputs first.
+        static_groups: choose all scales before the first code, and keep groups of consecutive channels whatever
+            the order. Without it a group's scale is chosen when its first channel is reached, from weights that
+            carry the error so far; together with act_order that makes groups of channels that are no
+            neighbours, and a ``g_idx`` is stored.
+        damp: added to the diagonal of the Hessian, as a share of its mean.
+        damp_max: where the factorization fails, ``damp`` is multiplied by 10 up to this share.
+        block_size: input channels whose errors are carried over inside the block at once, and to the rest of
+            the matrix when the block is done. It changes the speed, not the result.
+        refits: rounds of refinement after the first pass, each of them a least-squares fit of the scales to the
+            codes under the Hessian and a pass of coordinate descent over the codes (see :mod:`.refine`).
+    """
+
+    act_order: bool = True
+    static_groups: bool = True
+    damp: float = 0.01
+    damp_max: float = 1.0
+    block_size: int = 128
+    refits: int = 0
+
+    def check(self, spec: QuantSpec) -> None:
+        from .config import ConfigError
+
+        for name in ("act_order", "static_groups"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if not 0 < self.damp <= self.damp_max:
+            raise ConfigError(f"damp must be above 0 and at most damp_max = {self.damp_max}, got {self.damp}")
+        for name, least in (("block_size", 1), ("refits", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if spec.double_quant and not self.static_groups:
+            raise ConfigError(
+                "double_quant needs all scales before the first code: set static_groups to true"
+            )
+        if spec.scale == "hessian" and not self.static_groups:
+            raise ConfigError(
+                "scale 'hessian' searches whole groups of neighbours: set static_groups to true"
+            )
+
+    @property
+    def permutes_groups(self) -> bool:
+        """Whether groups are of channels that are no neighbours, so that a g_idx is stored."""
+        return self.act_order and not self.static_groups
+
+
+class HessianError(ValueError):
+    """A Hessian that is not positive definite even at the greatest damping, or is not finite."""
+
+
+def gptq(w: Tensor, spec: QuantSpec, hessian: Tensor | None) -> QuantizedTensor:
+    """Quantize a weight [N, K] of any float dtype under ``hessian`` [K, K] = X^T X, up to any positive factor.
+
+    Raises:
+        ValueError: no Hessian, or one of another shape.
+        HessianError: the Hessian cannot be factorized.
+    """
+    rows, width = w.shape
+    if hessian is None:
+        raise ValueError("gptq needs the Hessian of the inputs [K, K]: none was given")
+    if tuple(hessian.shape) != (width, width):
+        raise ValueError(
+            f"the Hessian of a weight {list(w.shape)} must be {[width, width]}, got {list(hessian.shape)}"
+        )
+    options: GPTQOptions = spec.options
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if options.act_order else None
+    damped = damp(hessian, options)
+    factor = inverse_factor(damped if order is None else damped[order][:, order]).to(torch.float32)
+    columns = w.to(torch.float32).t()
+    columns = columns.contiguous() if order is None else columns[order]
+    groups = groups_per_row(spec, (rows, width))
+
+    if options.static_groups or groups == 1:
+        exact = choose_params(w, spec, hessian)
+        group_of = torch.arange(width, device=w.device) // (width // groups)
+        codes = _solve(
+            columns, spec, factor, stored_params(exact, spec), group_of if order is None else group_of[order]
+        )
+    else:
+        codes, exact = _solve_with_moving_groups(columns, spec, factor, order)
+    codes = (codes if order is None else torch.empty_like(codes).index_copy_(0, order, codes)).t()
+    if options.refits:
+        codes, exact = refine(w.to(torch.float32), spec, codes, exact, damped, options.refits)
+    return QuantizedTensor.assemble(spec, codes.contiguous(), exact)
+
+
+def damp(hessian: Tensor, options: GPTQOptions) -> Tensor:
+    """fp64 copy [K, K] with dead channels given a diagonal and the damping that its factorization takes.
+
+    A channel that calibration never excited (zero diagonal) is tied to no other, so it is rounded plainly.
+    """
+    h = hessian.to(torch.float64)
+    if not bool(torch.isfinite(h).all()):
+        raise HessianError("the Hessian holds NaN or infinity: the calibration activations overflowed")
+    diagonal = h.diagonal()
+    dead = diagonal <= 0
+    mean = diagonal[~dead].mean() if not bool(dead.all()) else torch.ones((), dtype=h.dtype, device=h.device)
+    share = options.damp
+    while True:
+        damped = h.clone()
+        damped.diagonal()[dead] = mean
+        damped.diagonal().add_(share * mean)
+        if int(torch.linalg.cholesky_ex(damped).info) == 0:
+            return damped
+        if share * 10 > options.damp_max * (1 + 1e-9):
+            raise HessianError(
+                f"the Hessian [{h.shape[0]}, {h.shape[0]}] is not positive definite with damping {share:g} of its mean "
+                f"diagonal: use more calibration text, or raise damp_max above {options.damp_max:g}"
+            )
+        share *= 10
+
+
+def inverse_factor(h: Tensor) -> Tensor:
+    """Upper triangular U [K, K] with U^T U = h^-1, rows scaled as GPTQ uses them.
+
+    With the order of the channels reversed h = L L^T, so back in order h = R R^T with R upper, and U = R^-1:
+    one factorization and one triangular inverse, where the usual road takes two and an inverse between them.
+    """
+    lower = torch.linalg.cholesky(h.flip(0, 1))
+    identity = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+
+
+def _solve(columns: Tensor, spec: QuantSpec, factor: Tensor, used: Params, group_of: Tensor) -> Tensor:
+    """Codes uint8 [K, N] of ``columns`` fp32 [K, N] with the scales fixed; both in processing order."""
+    scale = used.scale.t().contiguous()
+    zero = None if used.zero is None else used.zero.t().contiguous()
+    group_list = group_of.tolist()
+
+    def params(k: int) -> tuple[Tensor, Tensor | None]:
+        g = group_list[k]
+        return scale[g], None if zero is None else zero[g]
+
+    codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
+    work = columns.clone()
+    size = spec.options.block_size
+    for start in range(0, work.shape[0], size):
+        _solve_block(work, codes, spec, factor, start, min(start + size, work.shape[0]), params)
+    return codes
+
+
+def _solve_with_moving_groups(
+    columns: Tensor, spec: QuantSpec, factor: Tensor, order: Tensor | None
+) -> tuple[Tensor, Params]:
+    """As :func:`_solve`, but each group's scale is chosen from the weights as they are when it begins."""
+    width = columns.shape[0]
+    size = spec.group_size
+    assert size is not None
+    block = spec.options.block_size
+    codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
+    work = columns.clone()
+    fitted = []
+    for begin in range(0, width, size):
+        exact = choose_params(work[begin : begin + size].t(), spec)
+        used = stored_params(exact, spec)
+        fitted.append(exact)
+        scale, zero = used.scale[:, 0], None if used.zero is None else used.zero[:, 0]
+        for start in range(begin, begin + size, block):
+            stop = min(start + block, begin + size)
+            _solve_block(work, codes, spec, factor, start, stop, lambda k, s=scale, z=zero: (s, z))
+    g_idx = None
+    if order is not None:
+        g_idx = torch.empty(width, dtype=torch.int32, device=columns.device)
+        g_idx[order] = torch.arange(width, dtype=torch.int32, device=columns.device) // size
+    scales = torch.cat([p.scale for p in fitted], dim=1)
+    zeros = (
+        None if fitted[0].zero is None else torch.cat([p.zero for p in fitted if p.zero is not None], dim=1)
+    )
+    return codes, Params(scales, zeros, g_idx)
+
+
+def _solve_block(
+    work: Tensor, codes: Tensor, spec: QuantSpec, factor: Tensor, start: int, stop: int, params
+) -> None:
+    """Fill codes[start:stop]; carry the errors over inside the block, then to all rows of ``work`` behind it."""
+    fmt = FORMATS[spec.format]
+    inside = factor[start:stop, start:stop]
+    pivots = inside.diagonal().tolist()
+    block = work[start:stop]
+    errors = torch.empty_like(block)
+    for i in range(stop - start):
+        scale, zero = params(start + i)
+        codes[start + i] = fmt.encode(block[i], scale, zero)
+        torch.sub(block[i], fmt.decode(codes[start + i], scale, zero), out=errors[i])
+        errors[i] /= pivots[i]
+        block[i + 1 :].addr_(inside[i, i + 1 :], errors[i], alpha=-1)
+    if stop < work.shape[0]:
+        work[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+
+
+__all__ = ["GPTQOptions", "HessianError", "damp", "gptq", "inverse_factor", "objective"]

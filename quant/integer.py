@@ -1,0 +1,69 @@
+"""Integers of 2 to 8 bits: weight = scale * (code - zero), on an even grid of 2^b codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .config import QuantSpec
+
+
+@dataclass(frozen=True)
+class IntegerFormat:
+    """``bits``-bit codes 0 .. 2^bits - 1; symmetric grids have the zero point 2^(bits-1), which is not stored."""
+
+    bits: int
+    default_group: int | None = 128
+    default_scale_dtype: str = "float16"
+    codes_from_exact_scale: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}"
+
+    @property
+    def top(self) -> int:
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        return 1 << (self.bits - 1)
+
+    def check(self, spec: QuantSpec) -> None:
+        from .config import ConfigError
+
+        if spec.scale == "absmax_narrow" and not spec.symmetric:
+            raise ConfigError(
+                "scale absmax_narrow is a rule for symmetric integers: use absmax (the range from min to max)"
+            )
+
+    def fit(self, groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        """fp32 groups [..., g] -> (scale fp32 [...], zero point uint8 [...] or None when symmetric)."""
+        low, high = groups.aminmax(dim=-1)
+        if spec.symmetric:
+            steps = self.middle - 1 if spec.scale == "absmax_narrow" else self.top / 2
+            return torch.maximum(-low, high) / steps, None
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low) / self.top
+        zero = torch.where(scale > 0, -low / scale, 0).round_().clamp_(0, self.top)
+        return scale, zero.to(torch.uint8)
+
+    def encode(self, w: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        """fp32 ``w``, ``scale`` and uint8 ``zero`` that broadcast together -> uint8 codes of w's shape.
+
+        Ties go to the even integer; a scale of zero gives the zero point, which decodes to zero.
+        """
+        middle = self.middle if zero is None else zero
+        steps = torch.where(scale == 0, 0, w / scale).round_()
+        return steps.add_(middle).clamp_(0, self.top).to(torch.uint8)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        """uint8 codes, fp32 ``scale`` and uint8 ``zero`` that broadcast together -> fp32 of the codes' shape."""
+        return (codes.to(torch.float32) - (self.middle if zero is None else zero)) * scale
+
+
+INTEGERS = tuple(IntegerFormat(bits) for bits in (2, 3, 4)) + (IntegerFormat(8, default_group=None),)

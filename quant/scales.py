@@ -1,0 +1,74 @@
+"""How a group's scale is chosen: from its largest magnitude, or by a search over clipping ratios."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .config import QuantSpec
+from .formats import FORMATS
+from .tensor import Params, groups_per_row, load_scales, store_scales
+
+# clipping ratios tried, as multiples of the absmax scale; 1.0 first, so that it wins ties
+_RATIOS = (1.0, *(r / 40 for r in (*range(39, 19, -1), 41, 42, 43)))
+
+
+def choose_params(w: Tensor, spec: QuantSpec, hessian: Tensor | None = None) -> Params:
+    """Scales and zero points of a weight [N, K], exact in fp32, before storage rounds them.
+
+    Raises:
+        ValueError: the weight is not finite, or ``spec.scale`` is ``hessian`` and none was given.
+    """
+    groups = w.to(torch.float32).unflatten(1, (groups_per_row(spec, (w.shape[0], w.shape[1])), -1))
+    scale, zero = FORMATS[spec.format].fit(groups, spec)
+    # NaN and infinity pass through the extremes that every fit takes, so the few scales tell of all the weights
+    if not bool(torch.isfinite(scale).all()):
+        bad = int((~torch.isfinite(w)).sum())
+        raise ValueError(
+            f"the weight {list(w.shape)} holds {bad} NaN or infinite values: it cannot be quantized"
+        )
+    if spec.scale in ("mse", "hessian"):
+        if spec.scale == "hessian" and hessian is None:
+            raise ValueError("scale 'hessian' needs calibration: none was given for this weight")
+        scale = search_scale(groups, scale, zero, spec, hessian if spec.scale == "hessian" else None)
+    return Params(scale, zero)
+
+
+def stored_params(params: Params, spec: QuantSpec) -> Params:
+    """The parameters as a reader of the checkpoint will see them."""
+    return dataclasses.replace(params, scale=load_scales(store_scales(params.scale, spec), spec))
+
+
+def search_scale(
+    groups: Tensor, base: Tensor, zero: Tensor | None, spec: QuantSpec, hessian: Tensor | None
+) -> Tensor:
+    """Of ``base`` [N, G] times each clipping ratio, the scale with the least error of its group [N, G, g].
+
+    The error is ||e||^2, or e^T H_gg e with the group's own diagonal block of the Hessian [K, K].
+    Symmetric integers have one code more below zero than above, so each ratio is tried with both signs.
+    """
+    fmt = FORMATS[spec.format]
+    count, width = groups.shape[1:]
+    blocks = None
+    if hessian is not None:
+        index = torch.arange(count * width, device=hessian.device).view(count, width)
+        blocks = hessian[index[:, :, None], index[:, None, :]].to(torch.float32)
+    signs = (1.0, -1.0) if spec.symmetric and spec.format.startswith("int") else (1.0,)
+    best, least = base.clone(), torch.full_like(base, torch.inf)
+    for ratio in _RATIOS:
+        for sign in signs:
+            scale = load_scales(
+                store_scales(base * (ratio * sign), dataclasses.replace(spec, double_quant=False)), spec
+            )
+            z = None if zero is None else zero[..., None]
+            error = groups - fmt.decode(fmt.encode(groups, scale[..., None], z), scale[..., None], z)
+            if blocks is None:
+                loss = error.square().sum(-1)
+            else:
+                loss = (torch.einsum("ngk,gkl->ngl", error, blocks) * error).sum(-1)
+            better = loss < least
+            least = torch.where(better, loss, least)
+            best = torch.where(better, scale, best)
+    return best
