@@ -1,8 +1,9 @@
 """Grouped-query attention with a sliding window, dispatched by name.
 
-`config._attn_implementation` names the kernel: `eager` is here, `sdpa`, `flash_attention_2`, `flex_attention` and the
-rest are found in transformers' ALL_ATTENTION_FUNCTIONS. A kernel of our own is a function registered there (and in
-ALL_MASK_ATTENTION_FUNCTIONS, which decides what mask it is handed) under a name such as `brise`; nothing here changes.
+`config._attn_implementation` names the kernel: `eager` is here, `sdpa`, `flash_attention_2`, `flex_attention`
+and the rest are found in transformers' ALL_ATTENTION_FUNCTIONS. A kernel of our own is a function registered
+there (and in ALL_MASK_ATTENTION_FUNCTIONS, which decides what mask it is handed) under a name such as
+`brise`; nothing here changes.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ def attention_mask_for(
 ) -> Any:
     """The mask one layer is handed, in the form the configured implementation wants.
 
-    A key is kept iff `query - config.sliding_window < key <= query` (W keys with the query's own) and it is not padding.
+    A key is kept iff `query - config.sliding_window < key <= query` (W keys with the query's own) and it is
+    not padding.
+
     Args:
         inputs_embeds: [B, T, D], read for its shape, dtype and device only.
-        attention_mask: [B, keys], 1 = keep; or a finished mask [B, 1 or H, T, keys], returned as it is; or None.
+        attention_mask: [B, keys], 1 = keep; or a finished mask [B, 1 or H, T, keys], returned as is; or None.
         past_key_values: the cache says how many keys, from which position on, its layers will return.
-        position_ids: [B, T]; a jump in them, with neither mask nor cache, means several texts packed into one row.
+        position_ids: [B, T]; with neither mask nor cache, a jump in them means packed texts.
     Returns:
-        eager: additive [B, 1, T, keys]; sdpa: boolean, True = keep, or None for "plainly causal"; flash: [B, keys] or
-        None; flex: a BlockMask; an implementation without a mask function: None.
+        eager: additive [B, 1, T, keys]. sdpa: boolean, True = keep, or None for "plainly causal". flash: [B,
+        keys] or None. flex: a BlockMask. One that registered no mask: None.
     """
     build = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
     return build(
@@ -51,7 +54,7 @@ def attention_mask_for(
 
 
 def repeat_kv(x: Tensor, groups: int) -> Tensor:
-    """[B, KV, S, head_dim] -> [B, KV * groups, S, head_dim]: each KV head beside itself, for the queries that share it."""
+    """[B, KV, S, head_dim] -> [B, KV * groups, S, head_dim], each KV head `groups` times in a row."""
     if groups == 1:
         return x
     batch, heads, length, width = x.shape

@@ -19,7 +19,7 @@ from .rope import CosSin
 class MistralRMSNorm(nn.Module):
     """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467), the mean taken in fp32.
 
-    The weight [D] multiplies after the cast back to the input's dtype: an fp32 weight on bf16 input gives fp32.
+    The weight [D] multiplies after the cast back to the input's dtype: fp32 weight, fp32 output.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
@@ -79,8 +79,9 @@ class MistralDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """[B, T, D] -> [B, T, D].
 
-        `position_ids` and the remaining keywords reach the attention implementation untouched (flash attention finds
-        packed texts by them). Gradient checkpointing hands `past_key_values=None`, hence no cache of its own here.
+        `position_ids` and the remaining keywords reach the attention implementation untouched (flash
+        attention finds packed texts by them). Gradient checkpointing hands `past_key_values=None`, hence no
+        cache of its own here.
         """
         if position_embeddings is None:
             raise ValueError(

@@ -1,11 +1,8 @@
-"""The task heads: classification of a text, classification of its tokens, and extractive question answering.
-
-Mixins, to be combined with a PreTrainedModel that names its `backbone_class`.
-"""
+"""The task heads: classes of a text, classes of its tokens, and extractive question answering."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +15,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple, logging
 
+from .backbone import MistralModel, MistralPreTrainedModel
 from .linear import make_linear
 
 logger = logging.get_logger(__name__)
@@ -37,16 +35,21 @@ def last_token(
     return (columns * kept).argmax(-1)
 
 
-class SequenceClassification:
-    """`score` on the last token of each text."""
+def label_count(config: MistralConfig) -> int:
+    """`config.num_labels`, which is counted from `config.id2label`."""
+    if config.num_labels is None:
+        raise ValueError("config.id2label is None, so the number of labels is unknown; set config.num_labels")
+    return config.num_labels
 
-    backbone_class: ClassVar[type[nn.Module]]
+
+class MistralForSequenceClassification(MistralPreTrainedModel):
+    """One label, several labels or a number for each text: `score` on its last token."""
 
     def __init__(self, config: MistralConfig) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        self.num_labels = config.num_labels
-        self.model = self.backbone_class(config)
-        self.score = make_linear(config.hidden_size, config.num_labels)
+        super().__init__(config)
+        self.num_labels = label_count(config)
+        self.model = MistralModel(config)
+        self.score = make_linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -63,9 +66,12 @@ class SequenceClassification:
     ) -> SequenceClassifierOutputWithPast:
         """Logits [B, num_labels].
 
-        labels: [B] class ids, [B] or [B, num_labels] targets of a regression, or [B, num_labels] for several labels at
-        once, as `config.problem_type` says (inferred from num_labels and dtype where it is None).
-        Raises ValueError for a batch of more than one text when `config.pad_token_id` is None.
+        Args:
+            labels: [B] class ids; [B] or [B, num_labels] numbers to regress on; or [B, num_labels] zeros and
+                ones where several labels may hold. `config.problem_type` says which; None infers it from
+                num_labels and the dtype.
+        Raises:
+            ValueError: more than one text, and no `config.pad_token_id` to find where each one ends.
         """
         outputs = self.model(
             input_ids,
@@ -80,12 +86,12 @@ class SequenceClassification:
         batch, pad = logits.shape[0], self.config.pad_token_id
         if pad is None and batch != 1:
             raise ValueError(
-                f"Cannot handle batch sizes > 1 if no padding token is defined: got a batch of {batch} texts and "
+                f"Cannot handle batch sizes > 1 if no padding token is defined: got {batch} texts and "
                 "config.pad_token_id is None; set it, or pass one text at a time"
             )
         if pad is not None and input_ids is None:
             logger.warning_once(
-                f"{type(self).__name__} cannot see padding in inputs_embeds: it reads the last position of each text"
+                f"{type(self).__name__} cannot see padding in inputs_embeds: it reads the last position"
             )
         last = last_token(input_ids, pad, batch, logits.device)
         pooled = logits[torch.arange(batch, device=logits.device), last]
@@ -101,19 +107,17 @@ class SequenceClassification:
         )
 
 
-class TokenClassification:
-    """Dropout and `score` on every token."""
-
-    backbone_class: ClassVar[type[nn.Module]]
+class MistralForTokenClassification(MistralPreTrainedModel):
+    """One label for each token."""
 
     def __init__(self, config: MistralConfig) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        self.num_labels = config.num_labels
-        self.model = self.backbone_class(config)
+        super().__init__(config)
+        self.num_labels = label_count(config)
+        self.model = MistralModel(config)
         rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
         self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
         bias = getattr(config, "token_classification_bias", True)
-        self.score = make_linear(config.hidden_size, config.num_labels, bias=bias)
+        self.score = make_linear(config.hidden_size, self.num_labels, bias=bias)
         self.post_init()
 
     @can_return_tuple
@@ -148,14 +152,12 @@ class TokenClassification:
         )
 
 
-class QuestionAnswering:
-    """`qa_outputs`: where the answer starts and where it ends."""
-
-    backbone_class: ClassVar[type[nn.Module]]
+class MistralForQuestionAnswering(MistralPreTrainedModel):
+    """The span of a text that answers: where it starts and where it ends."""
 
     def __init__(self, config: MistralConfig) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        self.model = self.backbone_class(config)
+        super().__init__(config)
+        self.model = MistralModel(config)
         self.qa_outputs = make_linear(config.hidden_size, 2, bias=True)
         self.post_init()
 
@@ -171,7 +173,7 @@ class QuestionAnswering:
         end_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
-        """Start and end logits, each [B, T]; start_positions and end_positions [B], both or the loss is None."""
+        """Start and end logits, each [B, T]; the loss needs both start_positions and end_positions, [B]."""
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,

@@ -21,8 +21,8 @@ _factory: ContextVar[LinearFactory] = ContextVar("brise_linear_factory", default
 def make_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Module:
     """Make one dense layer, `[..., in_features] -> [..., out_features]`.
 
-    Projections, the language-model head and the task heads all come from here. The caller may rely on nothing but
-    the call itself: the result need not have a `.weight`.
+    Projections, the language-model head and the task heads all come from here. The caller may rely on
+    the call alone: the result need not have a `.weight`.
     """
     return _factory.get()(in_features, out_features, bias)
 

@@ -1,8 +1,9 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in the half-split layout of the Hugging Face weights."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864): dimension i turns with i + head_dim / 2."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ CosSin = tuple[Tensor, Tensor]
 class MistralRotaryEmbedding(nn.Module):
     """Angles of the rotation, for every type of `config.rope_parameters` that transformers knows.
 
-    Buffers, none of them saved: `inv_freq` [head_dim / 2], fp32, and `original_inv_freq`, the same before any rescaling
-    by the length (types `dynamic` and `longrope`). transformers recomputes both by these names after a load through
-    the meta device.
+    Buffers, none of them saved: `inv_freq` [head_dim / 2], fp32, and `original_inv_freq`, the same before any
+    rescaling by the length (types `dynamic` and `longrope`). transformers recomputes both, by these names,
+    after a load through the meta device.
     """
 
     inv_freq: Tensor
@@ -29,7 +30,7 @@ class MistralRotaryEmbedding(nn.Module):
         # read by transformers' length-dependent types
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type: str = config.rope_parameters["rope_type"]
+        self.rope_type: str = rope_parameters_of(config)["rope_type"]
         if self.rope_type != "default" and self.rope_type not in ROPE_INIT_FUNCTIONS:
             known = ["default", *sorted(ROPE_INIT_FUNCTIONS)]
             raise ValueError(
@@ -50,7 +51,7 @@ class MistralRotaryEmbedding(nn.Module):
         """Unscaled RoPE: `theta ** (-2 i / head_dim)` for each pair i, and the factor 1 on cos and sin."""
         head_dim = head_dim_of(config)
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
-        return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+        return 1.0 / (rope_parameters_of(config)["rope_theta"] ** exponent), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -68,12 +69,19 @@ class MistralRotaryEmbedding(nn.Module):
 
 
 def head_dim_of(config: MistralConfig) -> int:
-    """Width of one attention head: `config.head_dim`, or hidden_size / num_attention_heads where it is not given."""
+    """Width of one attention head: `config.head_dim`, by default hidden_size / num_attention_heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def rope_parameters_of(config: MistralConfig) -> dict[str, Any]:
+    """`config.rope_parameters`, which transformers fills in for every configuration it makes."""
+    if config.rope_parameters is None:
+        raise ValueError("config.rope_parameters is None, expected at least rope_type and rope_theta")
+    return dict(config.rope_parameters)
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads `x` [B, H, T, head_dim] by `cos`, `sin` [B or 1, T, head_dim]; dimension i pairs with i + head_dim/2."""
+    """Turn heads `x` [B, H, T, head_dim] by `cos` and `sin`, each [B or 1, T, head_dim]."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)

@@ -1,8 +1,8 @@
 """A decoder block, one group of Linear layers at a time.
 
-GPTQ runs each block once: it needs the input of q, k and v before they run, quantizes them, runs them as they then are,
-has the input of o, and so on. The four groups are `STAGES`, in the order in which they run; between two of them every
-module of the block may be replaced.
+GPTQ runs each block once: it needs the input of q, k and v before they run, quantizes them, runs them as they
+then are, has the input of o, and so on. The four groups are `STAGES`, in the order in which they run; between
+two of them every module of the block may be replaced.
 
     context = walk_context(config, rotary_emb, length=T, dtype=h.dtype, device=h.device)
     walk = BlockWalk(layer, context)
@@ -54,18 +54,18 @@ def walk_context(
 ) -> WalkContext:
     """Positions 0..length-1, nothing padded, causal within `config.sliding_window`; serves any batch size.
 
-    Make it once per length and keep it. Costs one [length, head_dim] pair and, where the implementation wants it (eager;
-    sdpa when the window is shorter than the text), one [1, 1, length, length] mask.
+    Make it once per length and keep it. Costs one [length, head_dim] pair and, where the implementation wants
+    it (eager; sdpa when the window is shorter than the text), one [1, 1, length, length] mask.
     Raises:
-        ValueError: `length` is not positive, or `config` names no attention implementation (a model built from it
-            sets one; without, the mask would be dropped in silence).
+        ValueError: `length` is not positive, or `config` names no attention implementation (a model built
+            from it sets one; without, the mask would be dropped in silence).
     """
     if length < 1:
         raise ValueError(f"length is {length}, expected at least 1 token")
     if config._attn_implementation is None:
         raise ValueError(
-            "config names no attention implementation; set config._attn_implementation = 'sdpa', or take the config of "
-            "a model"
+            "config names no attention implementation; set config._attn_implementation = 'sdpa', or take the "
+            "config of a model"
         )
     like = torch.empty((1, length, 0), dtype=dtype, device=device)
     positions = torch.arange(length, device=device).unsqueeze(0)
@@ -76,7 +76,8 @@ def walk_context(
 class BlockWalk:
     """The steps of `layer.forward`, apart. Holds no state of its own: any step may be repeated.
 
-    Shapes: hidden states [B, T, D] with T = `context.length`; F = intermediate_size; H * hd = query heads x head_dim.
+    Shapes: hidden states [B, T, D] with T = `context.length`; F = intermediate_size; H * hd = query heads x
+    head_dim.
     """
 
     stages = STAGES
