@@ -59,7 +59,7 @@ class RollingLayer(CacheLayerMixin):
             key_states, value_states: [B, KV, T, head_dim], T of any size, also longer than the window.
         Returns:
             keys and values [B, KV, min(seen, W - 1) + T, head_dim] in the order of their positions, the new
-            ones last: all that any of the T queries may look at, as `get_mask_sizes` announced. Never views of
+            ones last: all that any of the T queries may look at, as `get_mask_sizes` said. Never views of
             the ring.
         Raises:
             ValueError: the batch, the heads or their width changed.
