@@ -26,9 +26,8 @@ def choose_params(w: Tensor, spec: QuantSpec, hessian: Tensor | None = None) -> 
     # NaN and infinity pass through the extremes that every fit takes, so the few scales tell of all the weights
     if not bool(torch.isfinite(scale).all()):
         bad = int((~torch.isfinite(w)).sum())
-        raise ValueError(
-            f"the weight {list(w.shape)} holds {bad} NaN or infinite values: it cannot be quantized"
-        )
+        what = f"holds {bad} NaN or infinite values" if bad else "has a group whose range overflows float32"
+        raise ValueError(f"the weight {list(w.shape)} {what}: it cannot be quantized")
     if spec.scale in ("mse", "hessian"):
         if spec.scale == "hessian" and hessian is None:
             raise ValueError("scale 'hessian' needs calibration: none was given for this weight")
@@ -59,9 +58,9 @@ def search_scale(
     best, least = base.clone(), torch.full_like(base, torch.inf)
     for ratio in _RATIOS:
         for sign in signs:
-            scale = load_scales(
-                store_scales(base * (ratio * sign), dataclasses.replace(spec, double_quant=False)), spec
-            )
+            scale = base * (ratio * sign)
+            if not spec.double_quant:  # else what storage makes of one scale depends on all the others
+                scale = load_scales(store_scales(scale, spec), spec)
             z = None if zero is None else zero[..., None]
             error = groups - fmt.decode(fmt.encode(groups, scale[..., None], z), scale[..., None], z)
             if blocks is None:
