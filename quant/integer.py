@@ -46,7 +46,8 @@ class IntegerFormat:
         low, high = groups.aminmax(dim=-1)
         if spec.symmetric:
             steps = self.middle - 1 if spec.scale == "absmax_narrow" else self.top / 2
-            return torch.maximum(-low, high) / steps, None
+            # abs: a group of zeros must give the scale 0.0, never -0.0
+            return torch.maximum(-low, high).abs_() / steps, None
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = (high - low) / self.top
         zero = torch.where(scale > 0, -low / scale, 0).round_().clamp_(0, self.top)

@@ -45,7 +45,8 @@ _FP4_MAGNITUDES = (
     0.1666666716337204,
     0.25,
 )
-FP4_VALUES = (*_FP4_MAGNITUDES, *(-value for value in _FP4_MAGNITUDES))
+# code 8 is a second zero, and a positive one: bitsandbytes dequantizes it to +0.0
+FP4_VALUES = (*_FP4_MAGNITUDES, 0.0, *(-value for value in _FP4_MAGNITUDES[1:]))
 
 # bitsandbytes clamps absmax here before it takes the reciprocal, so that a zero block gives zeros, not NaN
 _SMALLEST_ABSMAX = 1e-38
@@ -79,7 +80,8 @@ class CodebookFormat:
 
     def fit(self, groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         """fp32 groups [..., g] -> (absmax fp32 [...], no zero points)."""
-        return torch.maximum(groups.amax(dim=-1), -groups.amin(dim=-1)), None
+        # abs: the extremes of zeros may come out as -0.0, which is not what bitsandbytes stores
+        return torch.maximum(groups.amax(dim=-1), -groups.amin(dim=-1)).abs_(), None
 
     def encode(self, w: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         """fp32 ``w`` [R, ...] and ``scale`` that broadcasts to it -> uint8 codes of w's shape.
