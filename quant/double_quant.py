@@ -42,13 +42,23 @@ def _nearest_of_bin(device: torch.device) -> Tensor:
 
 
 def quantize_scales(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 scales [N, G] -> (codes uint8 [N, G], absmax fp32 [ceil(N*G/256)], offset fp32 [1])."""
+    """fp32 scales [N, G] -> (codes uint8 [N, G], absmax fp32 [ceil(N*G/256)], offset fp32 [1]).
+
+    Raises:
+        ValueError: the scales are so large that their mean, or a distance to it, overflows fp32.
+    """
     offset = scale.mean()
     flat = (scale - offset).flatten()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     absmax = blocks.abs().amax(dim=1)
+    if not bool(torch.isfinite(absmax).all()):
+        raise ValueError(
+            f"scales up to {float(scale.abs().max()):.3g} have a mean beyond float32: "
+            "set double_quant to false"
+        )
     inverse = torch.where(absmax > 0, 1.0 / absmax, 0)
-    ratio = (blocks * inverse[:, None]).flatten()[: flat.numel()].clamp_(-1, 1)
+    # a subnormal absmax has an infinite reciprocal, and 0 * infinity is NaN: bitsandbytes writes code 0 there
+    ratio = (blocks * inverse[:, None]).flatten()[: flat.numel()].clamp_(-1, 1).nan_to_num_(nan=-1.0)
     codes = _nearest_of_bin(scale.device)[((ratio + 1) * 32767.5 + 0.5).to(torch.int32)]
     # a block without spread decodes to the offset whatever its codes; bitsandbytes writes 0
     spread = (absmax > 0).repeat_interleave(BLOCK)[: flat.numel()]
