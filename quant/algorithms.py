@@ -41,10 +41,11 @@ class Algorithm:
         from .config import ConfigError
 
         known = {f.name for f in dataclasses.fields(self.options)}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(map(str, set(data) - known))
         if unknown:
             raise ConfigError(
-                f"unknown option of {self.name}: {', '.join(unknown)}; known: {', '.join(sorted(known)) or 'none'}"
+                f"unknown option of {self.name}: {', '.join(unknown)}; "
+                f"known: {', '.join(sorted(known)) or 'none'}"
             )
         return self.options(**data)
 

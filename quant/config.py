@@ -128,7 +128,7 @@ class Rule:
         match = rest.pop("match", None)
         if isinstance(match, str):
             match = [match]
-        if not match or not all(isinstance(m, str) for m in match):
+        if not isinstance(match, list | tuple) or not match or not all(isinstance(m, str) for m in match):
             raise ConfigError(f"a rule needs match: a module path pattern or a list of them, got {match!r}")
         if rest.get("keep") is True:
             _known(rest, ["keep"], "rule that keeps")
@@ -162,11 +162,19 @@ class Calibration:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"calibration {name} must be a positive integer, got {value!r}")
+        if not isinstance(self.text, str) or not self.text:
+            raise ConfigError(f"calibration text must be a text by name or a file, got {self.text!r}")
+        if not isinstance(self.true_sequential, bool):
+            raise ConfigError(
+                f"calibration true_sequential must be true or false, got {self.true_sequential!r}"
+            )
         if self.target not in ("quantized", "full"):
             raise ConfigError(f"calibration target must be quantized or full, got {self.target!r}")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"calibration must be a mapping, got {data!r}")
         _known(data, [f.name for f in dataclasses.fields(cls)], "calibration")
         return cls(**data)
 
@@ -188,7 +196,7 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"rules": [rule.to_dict() for rule in self.rules]}
-        if self.needs_calibration:
+        if self.needs_calibration or self.calibration != Calibration():
             out["calibration"] = dataclasses.asdict(self.calibration)
         return out
 
@@ -200,7 +208,8 @@ class QuantConfig:
         rules = data.get("rules")
         if not isinstance(rules, list) or not all(isinstance(r, Mapping) for r in rules):
             raise ConfigError("rules must be a list of mappings, each with match and format")
-        calibration = Calibration.from_dict(data.get("calibration") or {})
+        given = data.get("calibration")
+        calibration = Calibration() if given is None else Calibration.from_dict(given)
         return cls(tuple(Rule.from_dict(r) for r in rules), calibration)
 
     @classmethod
@@ -233,6 +242,6 @@ def _known(data: Mapping[str, Any], allowed: list[str], what: str) -> None:
 
 
 def _lookup(table: Mapping[str, Any], name: Any, what: str) -> Any:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ConfigError(f"unknown {what} {name!r}; known: {', '.join(table)}")
     return table[name]
