@@ -56,8 +56,11 @@ def groups_per_row(spec: QuantSpec, shape: Shape) -> int:
         return 1
     if width % spec.group_size:
         divisors = [g for g in (16, 32, 64, 96, 128, 256) if width % g == 0]
-        fits = f"group_size {' or '.join(map(str, divisors))} fits, null (per channel) always does"
-        raise ConfigError(f"width {width} is no multiple of group_size {spec.group_size}; {fits}")
+        fits = f"group_size {' or '.join(map(str, divisors))} fits, " if divisors else ""
+        raise ConfigError(
+            f"width {width} is no multiple of group_size {spec.group_size}; "
+            f"{fits}null (per channel) always fits"
+        )
     return width // spec.group_size
 
 
