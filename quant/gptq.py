@@ -53,6 +53,10 @@ class GPTQOptions:
         for name in ("act_order", "static_groups"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in ("damp", "damp_max"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name} must be a number, got {value!r}")
         if not 0 < self.damp <= self.damp_max:
             raise ConfigError(f"damp must be above 0 and at most damp_max = {self.damp_max}, got {self.damp}")
         for name, least in (("block_size", 1), ("refits", 0)):
