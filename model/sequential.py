@@ -1,0 +1,196 @@
+"""One decoder block quantized under calibration: Hessian, quantize, carry on, a group of Linears at a time.
+
+Each block runs once over the calibration windows. The input of q, k and v is there before they run; o, gate-up and
+down then see what the already quantized Linears before them give (GPTQ's "true sequential" order). Linears that
+share an input share a Hessian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..quant.apply import Outcome, measure, quantize_weight
+from ..quant.calibrate import HessianAccumulator, matched_weight
+from ..quant.config import Calibration, QuantSpec
+from ..quant.tensor import QuantizedTensor
+from .blocks import MistralDecoderLayer
+from .walk import STAGES, BlockWalk, WalkContext
+
+Specs = Mapping[str, tuple[QuantSpec | None, str]]
+
+
+@dataclass
+class Activations:
+    """Hidden states of all calibration windows in front of a block: [windows, T, D] fp32.
+
+    Attributes:
+        hidden: as the already quantized blocks give them.
+        full: as the unquantized model gives them; only where the calibration's target is ``full``.
+    """
+
+    hidden: Tensor
+    full: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A module's new weight, and what is reported of it."""
+
+    tensor: QuantizedTensor
+    outcome: Outcome
+
+
+@torch.no_grad()
+def quantize_block(
+    layer: MistralDecoderLayer,
+    specs: Specs,
+    activations: Activations,
+    context: WalkContext,
+    calibration: Calibration,
+    prefix: str,
+) -> dict[str, Quantized]:
+    """Quantize one block under its calibration inputs, and move ``activations`` behind it, in place.
+
+    The layer's quantized Linears are left holding the decoded weights.
+
+    Args:
+        specs: path -> (spec or None, reason), paths from the model's root. prefix: the block's path.
+    """
+    if not calibration.true_sequential:
+        return _quantize_at_once(layer, specs, activations, context, prefix)
+    done: dict[str, Quantized] = {}
+    streams = [_Stream(layer, context, activations.hidden)]
+    if activations.full is not None:
+        streams.append(_Stream(_frozen_copy(layer), context, activations.full))
+    for stage in range(len(STAGES)):
+        done |= _quantize_stage(layer, stage, specs, streams, prefix)
+        for stream in streams:
+            stream.finish(stage)
+    return done
+
+
+class _Stream:
+    """Calibration windows on their way through a block: the inputs of each stage, and the residual they join."""
+
+    def __init__(self, layer: MistralDecoderLayer, context: WalkContext, hidden: Tensor) -> None:
+        self.walk = BlockWalk(layer, context)
+        self.hidden = hidden
+        self._kept: Tensor | None = None
+
+    def inputs(self, stage: int) -> Iterator[Tensor]:
+        """The stage's input [1, T, K], window by window; those of o and down are kept for :meth:`finish`."""
+        walk = self.walk
+        for i in range(self.hidden.shape[0]):
+            hidden = self.hidden[i : i + 1]
+            if stage == 0:
+                yield walk.attention_input(hidden)
+            elif stage == 1:
+                yield self._keep(i, walk.attend(walk.attention_input(hidden)))
+            elif stage == 2:
+                yield walk.mlp_input(hidden)
+            else:
+                yield self._keep(i, walk.mlp_hidden(walk.mlp_input(hidden)))
+
+    def finish(self, stage: int) -> None:
+        """With the stage's Linears as they now are, add what o or down gives to the residual, in place."""
+        if stage not in (1, 3):
+            return
+        join = self.walk.after_attention if stage == 1 else self.walk.after_mlp
+        if self._kept is None:
+            for _ in self.inputs(stage):
+                pass
+        assert self._kept is not None
+        for i in range(self.hidden.shape[0]):
+            self.hidden[i : i + 1] = join(self.hidden[i : i + 1], self._kept[i : i + 1])
+        self._kept = None
+
+    def _keep(self, i: int, x: Tensor) -> Tensor:
+        if self._kept is None:
+            self._kept = x.new_empty((self.hidden.shape[0], *x.shape[1:]))
+        self._kept[i] = x[0]
+        return self._kept[i : i + 1]
+
+
+def _quantize_stage(
+    layer: nn.Module, stage: int, specs: Specs, streams: list[_Stream], prefix: str
+) -> dict[str, Quantized]:
+    names = [name for name in STAGES[stage] if specs[f"{prefix}.{name}"][0] is not None]
+    if not names:
+        return {}
+    accumulator = None
+    if any(spec.needs_hessian for name in names if (spec := specs[f"{prefix}.{name}"][0])):
+        accumulator = HessianAccumulator(layer.get_submodule(names[0]).in_features, cross=len(streams) == 2)  # type: ignore[arg-type]
+        for inputs in zip(*(stream.inputs(stage) for stream in streams), strict=True):
+            accumulator.add(*inputs)
+    return {f"{prefix}.{n}": _quantize_linear(layer, n, prefix, specs, accumulator) for n in names}
+
+
+def _quantize_linear(
+    layer: nn.Module, name: str, prefix: str, specs: Specs, accumulator: HessianAccumulator | None
+) -> Quantized:
+    path = f"{prefix}.{name}"
+    spec, reason = specs[path]
+    assert spec is not None
+    weight: Tensor = layer.get_submodule(name).weight  # type: ignore[assignment]
+    result = quantize_under(path, weight.data, spec, reason, accumulator if spec.needs_hessian else None)
+    # the decoded weight in the place of the codes: the same values, decoded once and not once a window
+    weight.data = result.tensor.dequantize(weight.dtype)
+    return result
+
+
+def quantize_under(
+    path: str, weight: Tensor, spec: QuantSpec, reason: str, accumulator: HessianAccumulator | None
+) -> Quantized:
+    """Quantize one weight [N, K] under the Hessian gathered, or plainly where there is none."""
+    hessian = None if accumulator is None else accumulator.hessian
+    target = weight
+    if accumulator is not None and hessian is not None and accumulator.cross is not None:
+        target = matched_weight(weight, hessian, accumulator.cross, getattr(spec.options, "damp", 0.01))
+    tensor = quantize_weight(path, target, spec, hessian)
+    return Quantized(tensor, measure(path, weight, tensor, reason, hessian))
+
+
+def _quantize_at_once(
+    layer: MistralDecoderLayer, specs: Specs, activations: Activations, context: WalkContext, prefix: str
+) -> dict[str, Quantized]:
+    """All Hessians of the block from its unquantized weights; then one more run with the quantized ones."""
+    unquantized = _Stream(layer, context, activations.hidden.clone())
+    gathered: dict[str, HessianAccumulator] = {}
+    for stage, names in enumerate(STAGES):
+        accumulator = HessianAccumulator(layer.get_submodule(names[0]).in_features)  # type: ignore[arg-type]
+        for x in unquantized.inputs(stage):
+            accumulator.add(x)
+        gathered |= dict.fromkeys(names, accumulator)
+        unquantized.finish(stage)
+    done = {
+        f"{prefix}.{name}": _quantize_linear(layer, name, prefix, specs, gathered[name])
+        for stage in STAGES
+        for name in stage
+        if specs[f"{prefix}.{name}"][0] is not None
+    }
+    quantized = _Stream(layer, context, activations.hidden)
+    for stage in (1, 3):
+        quantized.finish(stage)
+    return done
+
+
+def _frozen_copy(layer: MistralDecoderLayer) -> MistralDecoderLayer:
+    """A second layer that shares the present weights: replacing the first one's leaves them be."""
+    from copy import copy
+
+    def shallow(module: nn.Module) -> nn.Module:
+        twin = copy(module)
+        twin._parameters = {
+            n: None if p is None else nn.Parameter(p.data, requires_grad=False) for n, p in module._parameters.items()
+        }
+        twin._modules = {n: None if m is None else shallow(m) for n, m in module._modules.items()}
+        return twin
+
+    return shallow(layer)  # type: ignore[return-value]
+
+
+Progress = Callable[[str, int, int], None]
