@@ -80,6 +80,7 @@ class MistralForSequenceClassification(MistralPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,  # whatever config.return_dict says
             **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)
@@ -140,6 +141,7 @@ class MistralForTokenClassification(MistralPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,  # whatever config.return_dict says
             **kwargs,
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
@@ -180,6 +182,7 @@ class MistralForQuestionAnswering(MistralPreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            return_dict=True,  # whatever config.return_dict says
             **kwargs,
         )
         start, end = self.qa_outputs(outputs.last_hidden_state).unbind(-1)

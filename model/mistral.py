@@ -120,6 +120,7 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,  # whatever config.return_dict says
             **kwargs,
         )
         logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
