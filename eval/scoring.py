@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .data import Windows
 from .divergence import Divergence, divergence, same_first_choice, token_kl
+from .model_info import ModelInfo
 from .perplexity import (
     NonFiniteError,
     Perplexity,
@@ -67,17 +68,22 @@ class Scores:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A model's predictions on windows: see the module's text. ``hash`` is the model's, where it is known."""
+    """A model's predictions on windows: see the module's text. ``info`` says which model's."""
 
     windows: Windows
     hidden: Tensor
     head: nn.Module
     scores: Scores
-    hash: str | None = None
+    info: ModelInfo | None = None
 
 
 def measure_baseline(
-    model: Any, windows: Windows, *, batch: int = 1, hash: str | None = None, progress: Progress | None = None
+    model: Any,
+    windows: Windows,
+    *,
+    batch: int = 1,
+    info: ModelInfo | None = None,
+    progress: Progress | None = None,
 ) -> Baseline:
     """Run ``model`` over the windows and keep its hidden states, on the CPU, with its head.
 
@@ -86,7 +92,7 @@ def measure_baseline(
     """
     kept: list[Tensor] = []
     scores = _score(model, windows, None, batch, progress, "baseline", kept)
-    return Baseline(windows, torch.cat(kept), model.get_output_embeddings(), scores, hash)
+    return Baseline(windows, torch.cat(kept), model.get_output_embeddings(), scores, info)
 
 
 def score(

@@ -1,0 +1,250 @@
+"""The row: everything that was measured of one model, under which protocol, and where it comes from.
+
+Rows live in a file of JSON lines. What was not measured is null, never zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .divergence import Divergence
+from .model_info import ModelInfo
+from .perplexity import Perplexity, Relative
+from .provenance import Provenance
+from .speed import Speed, SpeedProtocol
+
+# goes up whenever a figure of an older row would come out otherwise today
+METRICS_VERSION = 1
+ROWS = "runs.jsonl"
+T = TypeVar("T")
+
+
+class RecordError(ValueError):
+    """A line that is no row, or not one that this version reads."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What was measured how. Figures under different protocols are not to be compared.
+
+    Attributes:
+        text, text_sha256, tokens_sha256: the text by name and hash, and the hash of the windows' tokens.
+        windows, length, stride, scored_tokens, bos: see :class:`brise.eval.data.Windows`.
+        dtype: of the computation; device: its type, cpu or cuda.
+        speed: what was timed, or None.
+    """
+
+    text: str
+    text_sha256: str
+    tokens_sha256: str
+    windows: int
+    length: int
+    stride: int
+    scored_tokens: int
+    bos: bool
+    dtype: str
+    device: str
+    speed: SpeedProtocol | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, and bits per weight.
+
+    Attributes:
+        bytes: of all stored tensors; by_kind, by_part: the same by use and by place (see ``eval.memory``).
+        parameters, quantized_parameters: numbers of weights.
+        bits_per_weight: with everything counted; bits_per_quantized_weight: of the quantized weights alone.
+        kv_cache: at ``kv_length`` positions, one text, in the computation's dtype.
+        loaded: of parameters and buffers in memory.
+        process_peak: main memory while loading and measuring; gpu_peak: of tensors on the GPU.
+    """
+
+    bytes: int
+    by_kind: dict[str, int]
+    by_part: dict[str, int]
+    parameters: int
+    quantized_parameters: int
+    bits_per_weight: float
+    bits_per_quantized_weight: float | None
+    kv_cache: int
+    kv_length: int
+    loaded: int | None
+    process_peak: int | None
+    gpu_peak: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model under one protocol.
+
+    Attributes:
+        metrics: the version of the metrics, :data:`METRICS_VERSION`.
+        key: equal for equal model, configuration, protocol and metrics: such a row is not measured again.
+        name: of the configuration.
+        model: what was evaluated; baseline: what it was compared with, None for the baseline itself.
+        config: the quantization config (rules, calibration), None for a model that is not quantized.
+        relative, divergence: against the baseline, None without one.
+        quantize_seconds: what making the checkpoint took, where this run made it.
+    """
+
+    metrics: int
+    key: str
+    name: str
+    model: ModelInfo
+    baseline: ModelInfo | None
+    config: dict[str, Any] | None
+    protocol: Protocol
+    perplexity: Perplexity
+    relative: Relative | None
+    divergence: Divergence | None
+    memory: Memory
+    speed: Speed | None
+    quantize_seconds: float | None
+    provenance: Provenance
+
+    @property
+    def is_source(self) -> bool:
+        """Whether the model is not quantized and was compared with nothing."""
+        return self.baseline is None and self.config is None
+
+    @property
+    def algorithms(self) -> set[str]:
+        """The algorithms that chose the codes of the quantized modules, by name."""
+        return _found(self.config, "algorithm")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+        """Raises RecordError for another metrics version, a missing, unknown or ill-typed field."""
+        if data.get("metrics") != METRICS_VERSION:
+            raise RecordError(
+                f"expected a row of metrics version {METRICS_VERSION}, got {data.get('metrics')!r}"
+            )
+        return _build(cls, data, "row")
+
+
+def append_row(path: str | Path, row: Row) -> None:
+    """Append a row to a file of rows and wait until it is on the disk.
+
+    The line goes out in one write, under a lock, so rows of several processes do not mix. A torn last line
+    (of a process that was killed while it wrote) is cut off first: half a row is no row.
+
+    Raises:
+        ValueError: a figure that JSON cannot hold (infinite, or not a number).
+    """
+    line = (json.dumps(row.to_dict(), allow_nan=False) + "\n").encode()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        size = os.fstat(descriptor).st_size
+        whole = _end_of_whole_lines(descriptor, size)
+        if whole < size:
+            os.ftruncate(descriptor, whole)
+        written = os.write(descriptor, line)
+        if written != len(line):
+            os.ftruncate(descriptor, whole)
+            raise OSError(
+                f"only {written} of {len(line)} bytes could be written to {path}; is the disk full?"
+            )
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
+    """The rows of a file, and what of it was left out and why (a torn last line, rows of other versions).
+
+    Raises:
+        RecordError: a line before the last that is not JSON, or a row that is not whole.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return [], []
+    rows: list[Row] = []
+    problems: list[str] = []
+    data = path.read_bytes()
+    lines = data.split(b"\n")
+    torn = lines.pop()  # what stands behind the last newline
+    if torn:
+        problems.append(f"{path}: the last line is torn ({len(torn)} bytes) and was left out")
+    for number, line in enumerate(lines, 1):
+        try:
+            content = json.loads(line)
+        except ValueError as error:
+            raise RecordError(f"{path}, line {number}: not JSON ({error})") from error
+        if isinstance(content, dict) and content.get("metrics") not in (None, METRICS_VERSION):
+            problems.append(f"{path}, line {number}: metrics version {content['metrics']}, left out")
+            continue
+        try:
+            rows.append(Row.from_dict(content))
+        except (RecordError, AttributeError) as error:
+            raise RecordError(f"{path}, line {number}: {error}") from error
+    return rows, problems
+
+
+def _found(config: Any, key: str) -> set[str]:
+    """All values that ``key`` has anywhere in a nested config."""
+    if isinstance(config, Mapping):
+        own = {str(config[key])} if config.get(key) is not None else set()
+        return own.union(*(_found(value, key) for value in config.values()))
+    if isinstance(config, list):
+        return set().union(*(_found(value, key) for value in config))
+    return set()
+
+
+def _end_of_whole_lines(descriptor: int, size: int) -> int:
+    """The offset behind the last newline."""
+    end = size
+    while end:
+        begin = max(0, end - 65536)
+        found = os.pread(descriptor, end - begin, begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        end = begin
+    return 0
+
+
+def _build(cls: type[T], data: Any, where: str) -> T:
+    """A dataclass from its dict, strictly: every field there, none left over, each of its declared type."""
+    if not isinstance(data, Mapping):
+        raise RecordError(f"{where}: expected an object, got {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(data) - set(hints)):
+        raise RecordError(f"{where}: unknown field {unknown[0]}")
+    if missing := sorted(set(hints) - set(data)):
+        raise RecordError(f"{where}: the field {missing[0]} is missing")
+    return cls(**{name: _value(hint, data[name], f"{where}.{name}") for name, hint in hints.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if value is None and type(None) in args:
+            return None
+        return _value(next(arg for arg in args if arg is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast("type[Any]", hint), value, where)
+    if hint is Any:
+        return value
+    wanted = origin or hint
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise RecordError(f"{where}: expected {hint}, got {value!r}")
+    if origin is dict:
+        return {key: _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    return value

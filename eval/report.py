@@ -1,0 +1,190 @@
+"""Rows to Markdown tables, and a picture of perplexity against memory.
+
+Figures under different protocols, or against different sources, never stand in one table or picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .memory import human_bytes
+from .plot import plot_group
+from .record import ROWS, Row, read_rows
+from .speed import Rate
+
+TABLE = "table.md"
+PICTURE = "memory-perplexity"
+NOTHING = "–"
+
+
+class ReportError(ValueError):
+    """There is nothing to report."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that may be compared: one protocol, one source; the source's own row first, then by size."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def source(self) -> Row | None:
+        """The source's own row, where it was measured."""
+        return self.rows[0] if self.rows[0].is_source else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Files written, and what of the rows was left out."""
+
+    files: list[Path]
+    problems: list[str]
+
+
+def write_report(folder: str | Path) -> Report:
+    """Write ``table.md`` and the picture (SVG and PNG) of the rows in ``folder/runs.jsonl``.
+
+    Raises:
+        ReportError: there are no rows.
+        RecordError: the file holds something else than rows.
+        ImportError: matplotlib is not installed.
+    """
+    folder = Path(folder)
+    rows, problems = read_rows(folder / ROWS)
+    if not rows:
+        raise ReportError(f"expected rows in {folder / ROWS}, found none; run a sweep or an evaluation first")
+    groups = group_rows(rows)
+    table = folder / TABLE
+    table.write_text("\n".join(markdown(group) for group in groups))
+    files = [table]
+    for number, group in enumerate(groups, 1):
+        suffix = "" if len(groups) == 1 else f"-{number}"
+        files += plot_group(group.rows, group.source, folder / f"{PICTURE}{suffix}", title(group))
+    return Report(files, problems)
+
+
+def group_rows(rows: Sequence[Row]) -> list[Group]:
+    """Rows by protocol and source, in the order in which the groups begin. Of equal keys the last counts."""
+    latest = {row.key: row for row in rows}
+    groups: dict[str, list[Row]] = {}
+    for row in latest.values():
+        source = (row.baseline or row.model).sha256
+        key = json.dumps([dataclasses.asdict(row.protocol), source], sort_keys=True)
+        groups.setdefault(key, []).append(row)
+    return [Group(tuple(sorted(group, key=_order))) for group in groups.values()]
+
+
+def _order(row: Row) -> tuple[bool, int, float, str]:
+    return (not row.is_source, -row.memory.bytes, row.perplexity.value, row.name)
+
+
+# heading, whether it is a number, text of a row given the source's
+Column = tuple[str, bool, Callable[[Row, Row | None], str]]
+COLUMNS: tuple[Column, ...] = (
+    ("configuration", False, lambda r, s: f"**{r.name}**" if r.is_source else r.name),
+    ("calibration", False, lambda r, s: calibration(r)),
+    ("size, MB", True, lambda r, s: f"{r.memory.bytes / 1e6:.1f}"),
+    ("of source", True, lambda r, s: NOTHING if s is None else f"{r.memory.bytes / s.memory.bytes:.1%}"),
+    ("bits/weight", True, lambda r, s: f"{r.memory.bits_per_weight:.2f}"),
+    ("perplexity", True, lambda r, s: pm(r.perplexity.value, r.perplexity.stderr, 2)),
+    (
+        "against source, %",
+        True,
+        lambda r, s: NOTHING if r.relative is None else pm(r.relative.value, r.relative.stderr, 1, 100, "+"),
+    ),
+    (
+        "KL, nats/token",
+        True,
+        lambda r, s: NOTHING if r.divergence is None else pm(r.divergence.kl, r.divergence.kl_stderr, 4),
+    ),
+    (
+        "same first choice, %",
+        True,
+        lambda r, s: (
+            NOTHING if r.divergence is None else pm(r.divergence.top1, r.divergence.top1_stderr, 1, 100)
+        ),
+    ),
+    ("prefill, tokens/s", True, lambda r, s: NOTHING if r.speed is None else spread(r.speed.prefill)),
+    ("decode, tokens/s", True, lambda r, s: NOTHING if r.speed is None else spread(r.speed.decode)),
+    ("made in, s", True, lambda r, s: NOTHING if r.quantize_seconds is None else f"{r.quantize_seconds:.0f}"),
+)
+
+
+def markdown(group: Group) -> str:
+    """One table, with a heading that says the protocol and notes that say how to read it.
+
+    A column in which nothing was measured is left out; a single figure that was not is a dash.
+    """
+    columns = [
+        (heading, number, [text(row, group.source) for row in group.rows])
+        for heading, number, text in COLUMNS
+    ]
+    columns = [column for column in columns if set(column[2]) != {NOTHING}]
+    lines = [f"### {title(group)}", ""]
+    lines.append("| " + " | ".join(heading for heading, _, _ in columns) + " |")
+    lines.append("|" + "|".join("--:" if number else ":--" for _, number, _ in columns) + "|")
+    for index in range(len(group.rows)):
+        lines.append("| " + " | ".join(cells[index] for _, _, cells in columns) + " |")
+    return "\n".join([*lines, "", *notes(group), ""])
+
+
+def title(group: Group) -> str:
+    p = group.rows[0].protocol
+    model = group.rows[0].baseline or group.rows[0].model
+    stride = "" if p.stride >= p.length - 1 else f", stride {p.stride}"
+    return f"{model.name} on {p.text}: {p.windows} windows of {p.length} tokens{stride}, {p.dtype}"
+
+
+def notes(group: Group) -> Iterator[str]:
+    """What the reader has to know, one item a line."""
+    first = group.rows[0]
+    p, memory = first.protocol, first.memory
+    note = (first.baseline or first.model).note
+    if note is not None:
+        yield f"- The source is {note}."
+    yield (
+        f"- ± is one standard error over the {p.windows} windows ({p.scored_tokens} scored tokens); the one "
+        "against the source is paired over the same windows, so it is the one to compare methods by."
+    )
+    yield "- Size and bits/weight count every stored tensor: codes, scales, zeros, embedding, head, norms."
+    yield (
+        f"- The KV cache of {memory.kv_length} tokens adds {human_bytes(memory.kv_cache)} "
+        f"to each, in {p.dtype}."
+    )
+    where = first.provenance
+    if p.speed is not None:
+        yield (
+            f"- Speed: prompt of {p.speed.prompt} tokens, then {p.speed.new_tokens} tokens, "
+            f"batch {p.speed.batch}; median (20th to 80th percentile) of {p.speed.repeats} runs."
+        )
+    threads = f", {where.threads} threads" if p.device == "cpu" else ""
+    yield f"- Measured on {where.device}{threads}, torch {where.versions.get('torch', '?')}."
+    yield (
+        f"- Text sha256 `{p.text_sha256[:16]}`, windows `{p.tokens_sha256[:16]}`, "
+        f"metrics version {first.metrics}."
+    )
+
+
+def calibration(row: Row) -> str:
+    """``16 x 1024 of boolq``, or a dash for a row without calibration."""
+    data: dict[str, Any] | None = (row.config or {}).get("calibration")
+    if not data or row.algorithms <= {"rtn"}:
+        return NOTHING
+    return f"{data['windows']} × {data['length']} of {Path(str(data['text'])).name}"
+
+
+def pm(value: float, stderr: float | None, digits: int, scale: float = 1.0, sign: str = "") -> str:
+    """``12.34 ± 0.56``; without the error where it was not measured."""
+    text = f"{value * scale:{sign}.{digits}f}"
+    return text if stderr is None else f"{text} ± {stderr * scale:.{digits}f}"
+
+
+def spread(rate: Rate) -> str:
+    """``120 (115–124)``."""
+    digits = 1 if rate.median < 100 else 0
+    return f"{rate.median:.{digits}f} ({rate.p20:.{digits}f}–{rate.p80:.{digits}f})"

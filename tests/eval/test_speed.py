@@ -1,0 +1,89 @@
+"""Speed: the statistics by hand, and what is timed by a model with a clock of its own."""
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from brise.eval import speed
+from brise.eval.speed import SpeedProtocol, measure_speed, rate
+
+
+def tiny() -> MistralForCausalLM:
+    torch.manual_seed(0)
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            sliding_window=None,
+        )
+    )
+
+
+def test_rate_by_hand():
+    # 100 tokens in 1, 2, 4, 5 and 10 seconds: 100, 50, 25, 20, 10 a second
+    got = rate(100, [1.0, 2.0, 4.0, 5.0, 10.0])
+    # linear between neighbours: 10 + 0.8 * 10 and 50 + 0.2 * 50
+    assert (got.median, got.p20, got.p80) == pytest.approx((25, 18, 60))
+    assert rate(3, [2.0]) == speed.Rate(1.5, 1.5, 1.5)
+
+
+def test_what_is_timed(monkeypatch):
+    """The clock advances by 1 a prompt token and by 10 a decoded one, so the rates are known."""
+    clock = [0.0]
+    monkeypatch.setattr(speed, "_now", lambda device: clock[0])
+    model, calls, plain = tiny(), [], MistralForCausalLM.forward
+
+    def forward(self, input_ids, **kwargs):
+        calls.append(tuple(input_ids.shape))
+        clock[0] += input_ids.shape[1] if input_ids.shape[1] > 1 else 10
+        seen = kwargs["past_key_values"].get_seq_length() if kwargs.get("past_key_values") else 0
+        out = plain(self, input_ids=input_ids, **kwargs)
+        assert out.past_key_values.get_seq_length() == seen + input_ids.shape[1]
+        assert out.logits.shape == (3, 1, 50)
+        return out
+
+    monkeypatch.setattr(MistralForCausalLM, "forward", forward)
+    seen = []
+    protocol = SpeedProtocol(prompt=20, new_tokens=4, batch=3, warmup=2, repeats=3)
+    got = measure_speed(model, protocol, progress=lambda *step: seen.append(step))
+    assert calls == ([(3, 20)] + [(3, 1)] * 4) * 5
+    assert got.prefill == rate(60, [20.0] * 3) and got.prefill.median == pytest.approx(3)
+    assert got.decode == rate(12, [40.0] * 3)
+    assert (got.prompt, got.new_tokens, got.batch, got.repeats) == (20, 4, 3, 3)
+    assert seen == [("speed", i, 5) for i in range(1, 6)]
+
+
+def test_decoding_goes_on_as_generate_does():
+    model = tiny().eval()
+    tokens = []
+    plain = model.forward
+
+    def forward(**kwargs):
+        tokens.append(kwargs["input_ids"])
+        return plain(**kwargs)
+
+    model.forward = forward
+    measure_speed(model, SpeedProtocol(prompt=9, new_tokens=5, warmup=0, repeats=1), seed=3)
+    model.forward = plain
+    prompt = tokens[0]
+    expected = model.generate(prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.cat(tokens[1:], dim=1).tolist() == expected[:, 9:].tolist()
+
+
+def test_real_times_are_positive_and_ordered():
+    got = measure_speed(tiny(), SpeedProtocol(prompt=8, new_tokens=2, warmup=1, repeats=3))
+    for r in (got.prefill, got.decode):
+        assert 0 < r.p20 <= r.median <= r.p80
+
+
+@pytest.mark.parametrize("field", ["prompt", "new_tokens", "batch", "repeats"])
+def test_protocols_that_time_nothing(field):
+    with pytest.raises(ValueError, match=f"expected {field} of at least 1, got 0"):
+        SpeedProtocol(**{field: 0})
+    with pytest.raises(ValueError, match="warmup"):
+        SpeedProtocol(warmup=-1)
