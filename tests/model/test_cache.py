@@ -74,7 +74,7 @@ def take(layer: RollingLayer, start: int, count: int) -> list[float]:
     "steps", [(1,) * 20, (20,), (13, 1, 1, 1, 4), (4, 1, 1, 1, 1, 12), (5, 5, 5, 5), (6, 9, 5)], ids=str
 )
 def test_as_the_full_cache(model: MistralForCausalLM, steps: tuple[int, ...], pads: tuple[int, int]) -> None:
-    """Chunks shorter and longer than the window, prompts longer than it, left padding within and beyond it."""
+    """Chunks shorter and longer than the window, prompts longer than it, left padding within and beyond."""
     ids = tokens(2, 20)
     mask = torch.ones_like(ids)
     for row, pad in enumerate(pads):
