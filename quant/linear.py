@@ -45,15 +45,12 @@ class _Quantized(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move with ``.to(device)``, but let no ``.to(dtype)`` or ``.half()`` round the stored scales."""
-        for name, (dtype, _) in layout(self.spec, self.shape).items():
-            old = self.get_buffer(name)
-            new = fn(old)
-            setattr(self, name, new if new.dtype == dtype else old.to(new.device))
-        for name, parameter in self._parameters.items():
-            if parameter is not None:
-                self._parameters[name] = nn.Parameter(
-                    fn(parameter.data), requires_grad=parameter.requires_grad
-                )
+        stored = self.quantized().tensors
+        super()._apply(fn, recurse)
+        for name, old in stored.items():
+            new = self.get_buffer(name)
+            if new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
         return self
 
     def extra_repr(self) -> str:
