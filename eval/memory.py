@@ -199,12 +199,12 @@ def kv_cache_bytes(
 
 
 def loaded_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers in memory, each storage counted once."""
-    storages = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    """Bytes of a model's parameters and buffers in memory, a shared one counted once.
+
+    By the tensors and not by their storages: weights that are maps of a file share the file's.
+    """
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(sizes.values())
 
 
 def reset_peak() -> bool:

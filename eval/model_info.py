@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..model.quantization_entry import METHOD
 from .assets import MANIFEST
 from .provenance import model_hash
 
@@ -34,6 +35,9 @@ def model_info(folder: Path, source: str | None = None) -> ModelInfo:
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """The ``quantization_config`` of a checkpoint's config.json, or None."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config.get("quantization_config")
+    """How a checkpoint was quantized: our rules as given, another library's entry as it is, or None."""
+    entry = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    if isinstance(entry, dict) and entry.get("quant_method") == METHOD:
+        rules: dict[str, Any] = entry["config"]
+        return rules
+    return entry

@@ -148,6 +148,9 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
     taken = [Bbox.from_extents(x - 7 * scale, y - 7 * scale, x + 7 * scale, y + 7 * scale) for x, y in points]
     for container in axes.containers:
         taken += [line.get_window_extent(renderer) for line in container.lines[2]]
+    if axes.lines and axes.lines[0].get_linestyle() == "--":  # the source's height: no name is struck through
+        height = points[0][1] if rows[0].is_source else frame.y0
+        taken.append(Bbox.from_extents(frame.x0, height - scale, frame.x1, height + scale))
     legend = axes.get_legend()
     if legend is not None:
         taken.append(legend.get_window_extent(renderer))
