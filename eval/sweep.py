@@ -67,6 +67,7 @@ def run_sweep(
     configs: Sequence[str | Path] | Mapping[str, QuantConfig],
     out: str | Path,
     *,
+    checkpoints: str | Path | None = None,
     text: str = "boolq",
     windows: int | None = 16,
     length: int = 1024,
@@ -88,7 +89,8 @@ def run_sweep(
     Args:
         model: a folder or a hub name, not quantized.
         configs: presets or files (:meth:`QuantConfig.load`), or configurations by name.
-        out: the folder of the sweep; configuration NAME becomes the checkpoint ``out/NAME``.
+        out: the folder of the rows.
+        checkpoints: where configuration NAME becomes the checkpoint ``NAME``; None is ``out``.
         text .. speed: see :func:`brise.eval.evaluate.make_setting`.
         calibration_windows, calibration_text: in place of what the configurations say; the rows say so.
         progress: called with (stage, done, total); stages of a cell begin with its name.
@@ -100,6 +102,7 @@ def run_sweep(
     """
     plan = _plan(configs, calibration_windows, calibration_text)
     out = Path(out)
+    store = out if checkpoints is None else Path(checkpoints)
     source = resolve_source(model)
     info = model_info(source, str(model))
     evaluation = load_text(text, "evaluation", cache_dir)
@@ -122,7 +125,7 @@ def run_sweep(
     rows, problems = read_rows(out / ROWS)
     done = {row.key: row for row in rows}
     cells = {
-        name: _Cell(name, config, source, info, out, setting, texts, bos) for name, config in plan.items()
+        name: _Cell(name, config, source, info, store, setting, texts, bos) for name, config in plan.items()
     }
     keys = {SOURCE: row_key(setting.protocol, info.sha256)}
     keys |= {name: row_key(setting.protocol, name, cell.identity) for name, cell in cells.items()}
@@ -158,18 +161,18 @@ class _Cell:
     config: QuantConfig
     source: Path
     info: ModelInfo
-    out: Path
+    store: Path
     setting: Setting
     texts: Mapping[str, Text]
     bos: Bos
 
     @property
     def folder(self) -> Path:
-        return self.out / self.name
+        return self.store / self.name
 
     @property
     def marker(self) -> Path:
-        return self.out / CELLS / f"{self.name}.json"
+        return self.store / CELLS / f"{self.name}.json"
 
     @property
     def identity(self) -> str:
@@ -260,7 +263,9 @@ def _plan(
             raise ValueError(
                 f"a configuration cannot be named {name!r}: it becomes a folder's name beside {SOURCE}"
             )
-    change = {key: value for key, value in (("windows", windows), ("text", text)) if value is not None}
+    change: dict[str, Any] = {
+        key: value for key, value in (("windows", windows), ("text", text)) if value is not None
+    }
     return {
         name: dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, **change))
         if config.needs_calibration
