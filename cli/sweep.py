@@ -1,0 +1,179 @@
+"""``brise sweep`` and ``brise report``: many configurations of one model, their table and their picture."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .errors import FAILED
+from .options import (
+    Batch,
+    Bos,
+    BosOption,
+    Device,
+    DtypeOption,
+    EvalLength,
+    EvalText,
+    EvalWindows,
+    Seed,
+    Stride,
+    TimeIt,
+    speed_protocol,
+    torch_dtype,
+)
+from .session import Debug, Json, session_of
+from .sources import SRC_HELP, fetched
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..eval.record import Row
+
+SWEEP_EPILOG = """
+[bold]brise sweep --model smollm2-135m --configs int8,nf4,gptq-nf4 --out results/mine[/bold]
+
+[bold]brise sweep --model ./checkpoint --configs nf4,mine.yaml --out results/mine --text corpus.txt#evaluation
+--calibration-text corpus.txt#calibration --calibration-windows 128[/bold]
+"""
+REPORT_EPILOG = "[bold]brise report results/demo[/bold]"
+
+
+def sweep(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Option(metavar="SRC", help=SRC_HELP)],
+    configs: Annotated[
+        str,
+        typer.Option(
+            "--configs", "-c", metavar="A,B,C", help="Presets and config files, with commas between."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="For runs.jsonl, table.md and the picture.")],
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="For the quantized checkpoints; the default is --out's."),
+    ] = None,
+    text: EvalText = "boolq",
+    windows: EvalWindows = 16,
+    length: EvalLength = 1024,
+    stride: Stride = None,
+    bos: BosOption = Bos.auto,
+    batch: Batch = 1,
+    dtype: DtypeOption = None,
+    device: Device = "cpu",
+    speed: TimeIt = True,
+    seed: Seed = 0,
+    calibration_text: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="In place of what the configs say; names as in --text.")
+    ] = None,
+    calibration_windows: Annotated[
+        int | None, typer.Option(min=1, help="In place of what the configs say; the rows say so.")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write table and picture at the end.")
+    ] = True,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model in several ways, and measure each against it under one protocol.
+
+    What is done already is not done again. A configuration that fails does not stop the others, but then the
+    command ends with exit code 1.
+    """
+    session = session_of(ctx)
+    if report and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('the picture needs matplotlib: pip install "brise[demo]", or pass --no-report')
+    names = [name.strip() for name in configs.split(",") if name.strip()]
+    source = fetched(model, session)
+
+    from ..eval.provenance import command_line
+    from ..eval.report import write_report
+    from ..eval.sweep import run_sweep
+
+    with session.progress() as bars:
+        result = run_sweep(
+            source,
+            names,
+            out,
+            checkpoints=checkpoints,
+            text=text,
+            windows=windows or None,
+            length=length,
+            stride=stride,
+            bos=bos.value,
+            batch=batch,
+            dtype=torch_dtype(dtype),
+            device=device,
+            speed=speed_protocol(speed),
+            seed=seed,
+            calibration_text=calibration_text,
+            calibration_windows=calibration_windows,
+            command=command_line(),
+            progress=bars,
+        )
+    for problem in result.problems:
+        session.note(problem)
+    files = write_report(out).files if report else []
+    document = {
+        "out": str(out),
+        "rows": [row.to_dict() for row in result.rows],
+        "skipped": result.skipped,
+        "failures": {failure.name: str(failure) for failure in result.failures},
+        "files": [str(file) for file in files],
+    }
+    session.finish(document, lambda console: _show(console, result.rows, result.skipped, files))
+    for failure in result.failures:
+        session.note(f"brise: {failure}")
+    if result.failures:
+        raise typer.Exit(FAILED)
+
+
+def report(
+    ctx: typer.Context,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder of a sweep, with its runs.jsonl.")
+    ],
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the table and the picture of the rows in DIR/runs.jsonl."""
+    from ..eval.report import write_report
+
+    session = session_of(ctx)
+    written = write_report(folder)
+    for problem in written.problems:
+        session.note(problem)
+    files = [str(file) for file in written.files]
+    session.finish({"files": files, "left_out": written.problems}, lambda console: print("\n".join(files)))
+
+
+def _show(console: Console, rows: list[Row], skipped: list[str], files: list[Path]) -> None:
+    from rich.table import Table
+
+    from ..eval.report import pm, spread
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("configuration")
+    for heading in ("MB", "bits/weight", "perplexity", "KL", "same first choice", "decode, tokens/s"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        d = row.divergence
+        table.add_row(
+            row.name + (" (done before)" if row.name in skipped else ""),
+            f"{row.memory.bytes / 1e6:.1f}",
+            f"{row.memory.bits_per_weight:.2f}",
+            pm(row.perplexity.value, row.perplexity.stderr, 2),
+            "" if d is None else pm(d.kl, d.kl_stderr, 4),
+            "" if d is None else pm(d.top1, d.top1_stderr, 1, 100) + " %",
+            "" if row.speed is None else spread(row.speed.decode),
+        )
+    console.print(table)
+    for file in files:
+        print(file)
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog=SWEEP_EPILOG)(sweep)
+    app.command(epilog=REPORT_EPILOG)(report)
