@@ -1,0 +1,24 @@
+# Two commands, each with all of its set-up. What a tool's own command says as well is not repeated here.
+
+PYTHON ?= python3
+VENV ?= .venv
+# everything but tasks (lm-eval): no test and no part of the demo runs it
+EXTRAS = demo,peers,test,lint
+STAMP = $(VENV)/installed
+DEMO = results/demo
+
+.PHONY: test demo
+
+test: $(STAMP)
+	$(VENV)/bin/pytest
+
+# the quantized checkpoints stay in .cache, which git ignores; results/demo gets rows, table and picture
+demo: $(STAMP)
+	$(VENV)/bin/brise sweep --model smollm2-135m \
+		--configs source,int8,nf4,nf4-dq,int4-g64,gptq-int4-g64,gptq-nf4,gptq-int3-g64 \
+		--windows 16 --length 1024 --work .cache/demo --out $(DEMO)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
