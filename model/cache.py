@@ -21,8 +21,7 @@ class RollingLayer(CacheLayerMixin):
     query needs, and the last token can be taken back. To take back more (assisted generation rolls back the
     tokens it rejects), `activate_past_recording` keeps what is pushed out of the ring until the next `crop`.
 
-    Without gradients the ring is written in place. With gradients it is written out of place, which costs a
-    copy of the ring for each update but lets the gradient through.
+    The ring is always written in place; gradients go through it.
     """
 
     is_sliding = True
@@ -140,8 +139,10 @@ class RollingLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, keep the allocation."""
-        super().reset()
-        self._oldest, self._evicted = 0, None
+        if self.is_initialized:
+            # detached: the graph of what was forgotten must not be reached from what comes
+            self.keys, self.values = (ring.detach().zero_() for ring in self._states())
+        self.cumulative_length, self._oldest, self._evicted = 0, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row `beam_idx[b]` was."""
@@ -241,9 +242,6 @@ def _span(ring: Tensor, start: int, count: int) -> tuple[Tensor, ...]:
 def _write(ring: Tensor, start: int, states: Tensor) -> Tensor:
     """The ring with `states` [B, KV, count, head_dim], count <= W, at positions start .. start+count-1."""
     window, count = ring.shape[-2], states.shape[-2]
-    if torch.is_grad_enabled() and (ring.requires_grad or states.requires_grad):
-        slots = torch.arange(start, start + count, device=ring.device) % window
-        return ring.index_copy(-2, slots, states)
     first = start % window
     until_end = min(count, window - first)
     ring[..., first : first + until_end, :] = states[..., :until_end, :]

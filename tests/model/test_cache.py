@@ -296,6 +296,28 @@ def test_rows_follow_into_what_was_recorded() -> None:
     assert keys[:, 0, :2, 0].tolist() == [[1001, 1002], [1, 2]]
 
 
+def test_reset_starts_anew() -> None:
+    layer = RollingLayer(3)
+    layer.activate_past_recording()
+    take(layer, 0, 8)
+    layer.reset()
+    assert take(layer, 0, 2) == [0, 1]
+    assert take(layer, 2, 2) == [0, 1, 2, 3]
+    layer.crop(-3)
+    assert take(layer, 1, 1) == [0, 1]
+
+
+def test_training_steps_through_one_cache(model: MistralForCausalLM) -> None:
+    cache, ids, gradients = RollingCache(model.config), tokens(1, 12), []
+    for _ in range(2):
+        model.zero_grad()
+        model(ids[:, :7], past_key_values=cache)
+        model(ids[:, 7:], past_key_values=cache).logits.square().mean().backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+        cache.reset()
+    assert torch.equal(*gradients)
+
+
 def test_reset_keeps_the_allocation() -> None:
     cache = RollingCache(tiny())
     states = torch.randn(1, 2, 8, 8)

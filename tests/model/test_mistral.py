@@ -107,9 +107,10 @@ def test_forward_and_gradients(changes: dict[str, Any], implementation: str) -> 
         close(parameter.grad, gradients[name])
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes_to_the_bit(dtype: torch.dtype) -> None:
-    theirs, ours = pair(tiny(), dtype=dtype)
+def test_dtypes_to_the_bit(dtype: torch.dtype, implementation: str) -> None:
+    theirs, ours = pair(tiny(), implementation, dtype=dtype)
     with torch.no_grad():
         assert torch.equal(ours(tokens(2, 11)).logits, theirs(tokens(2, 11)).logits)
     assert ours(tokens(1, 2)).logits.dtype == dtype
@@ -291,6 +292,7 @@ def test_cached_continuation(kind: str, steps: tuple[int, ...], implementation: 
 def test_use_cache_false_keeps_nothing() -> None:
     ours = pair(tiny())[1]
     assert ours(tokens(1, 3), use_cache=False).past_key_values is None
+    assert ours(tokens(1, 3), use_cache=False, past_key_values=DynamicCache()).past_key_values is None
     ours.config.use_cache = False
     assert ours(tokens(1, 3)).past_key_values is None
 
@@ -303,6 +305,7 @@ def test_attention_implementation_is_chosen_by_name() -> None:
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         seen.append((tuple(q.shape), tuple(k.shape), mask, kwargs["sliding_window"], kwargs["scaling"]))
+        assert torch.equal(kwargs["position_ids"], torch.arange(9)[None])
         return q.transpose(1, 2).contiguous(), None
 
     transformers.AttentionInterface.register("brise_probe", probe)
