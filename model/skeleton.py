@@ -185,7 +185,7 @@ def check_tied_copies(reader: CheckpointReader, model: nn.Module, ties: Mapping[
             if not same:
                 raise CheckpointError(
                     f"{reader.folder}: config.json ties {path} to {owner} (tie_word_embeddings), but {name} "
-                    f"is there and differs from {other}; if the head is its own, set tie_word_embeddings to false"
+                    f"is there and is not {other}; if the head is its own, set tie_word_embeddings to false"
                 )
 
 
