@@ -264,6 +264,9 @@ def test_presets_and_files_by_name(swept, tmp_path):
     path.write_text(json.dumps(rules(format="int4", group_size=32).to_dict()))
     result = run_sweep(source, ["int8", path], tmp_path / "out", **settings)
     assert [row.name for row in result.rows] == ["source", "int8", "mine"]
+    apart = run_sweep(source, ["int8"], tmp_path / "rows", checkpoints=tmp_path / "made", **settings)
+    assert [p.name for p in (tmp_path / "rows").iterdir()] == ["runs.jsonl"] and not apart.failures
+    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [".cells", "int8"]
     with pytest.raises(ConfigError, match="neither a file nor a preset"):
         run_sweep(source, ["int8", "nf5"], tmp_path / "none", **settings)
     assert not (tmp_path / "none").exists()
