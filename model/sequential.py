@@ -7,7 +7,7 @@ share an input share a Hessian.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -126,32 +126,57 @@ def _quantize_stage(
         accumulator = HessianAccumulator(layer.get_submodule(names[0]).in_features, cross=len(streams) == 2)  # type: ignore[arg-type]
         for inputs in zip(*(stream.inputs(stage) for stream in streams), strict=True):
             accumulator.add(*inputs)
-    return {f"{prefix}.{n}": _quantize_linear(layer, n, prefix, specs, accumulator) for n in names}
+    return _quantize_linears(layer, names, prefix, specs, accumulator)
 
 
-def _quantize_linear(
-    layer: nn.Module, name: str, prefix: str, specs: Specs, accumulator: HessianAccumulator | None
-) -> Quantized:
-    path = f"{prefix}.{name}"
-    spec, reason = specs[path]
-    assert spec is not None
-    weight: Tensor = layer.get_submodule(name).weight  # type: ignore[assignment]
-    result = quantize_under(path, weight.data, spec, reason, accumulator if spec.needs_hessian else None)
-    # the decoded weight in the place of the codes: the same values, decoded once and not once a window
-    weight.data = result.tensor.dequantize(weight.dtype)
-    return result
+def _quantize_linears(
+    layer: nn.Module, names: list[str], prefix: str, specs: Specs, accumulator: HessianAccumulator | None
+) -> dict[str, Quantized]:
+    """Linears that share an input; those that also share a spec are solved as one matrix, row under row."""
+    done: dict[str, Quantized] = {}
+    for together in _batches(names, prefix, specs):
+        paths = [f"{prefix}.{name}" for name in together]
+        weights: list[Tensor] = [layer.get_submodule(name).weight.data for name in together]  # type: ignore
+        spec, reason = specs[paths[0]]
+        assert spec is not None
+        gathered = accumulator if spec.needs_hessian else None
+        for path, weight, name, result in zip(
+            paths, weights, together, quantize_under(paths, weights, spec, reason, gathered), strict=True
+        ):
+            # the decoded weight in the place of the codes: the same values, decoded once and not once a window
+            layer.get_submodule(name).weight.data = result.tensor.dequantize(weight.dtype)  # type: ignore[union-attr]
+            done[path] = result
+    return done
+
+
+def _batches(names: list[str], prefix: str, specs: Specs) -> list[list[str]]:
+    batches: dict[object, list[str]] = {}
+    for name in names:
+        spec = specs[f"{prefix}.{name}"][0]
+        assert spec is not None
+        # double-quantized scales share blocks and an offset, so each such weight is solved by itself
+        batches.setdefault(name if spec.double_quant else spec, []).append(name)
+    return list(batches.values())
 
 
 def quantize_under(
-    path: str, weight: Tensor, spec: QuantSpec, reason: str, accumulator: HessianAccumulator | None
-) -> Quantized:
-    """Quantize one weight [N, K] under the Hessian gathered, or plainly where there is none."""
+    paths: list[str],
+    weights: list[Tensor],
+    spec: QuantSpec,
+    reason: str,
+    accumulator: HessianAccumulator | None,
+) -> list[Quantized]:
+    """Quantize weights [N_i, K] under the Hessian of their common input, or plainly where there is none."""
     hessian = None if accumulator is None else accumulator.hessian
-    target = weight
+    stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
     if accumulator is not None and hessian is not None and accumulator.cross is not None:
-        target = matched_weight(weight, hessian, accumulator.cross, getattr(spec.options, "damp", 0.01))
-    tensor = quantize_weight(path, target, spec, hessian)
-    return Quantized(tensor, measure(path, weight, tensor, reason, hessian))
+        stacked = matched_weight(stacked, hessian, accumulator.cross, getattr(spec.options, "damp", 0.01))
+    tensor = quantize_weight(" + ".join(paths), stacked, spec, hessian)
+    parts = [tensor] if len(weights) == 1 else tensor.split([w.shape[0] for w in weights])
+    return [
+        Quantized(part, measure(path, weight, part, reason, hessian))
+        for path, weight, part in zip(paths, weights, parts, strict=True)
+    ]
 
 
 def _quantize_at_once(
@@ -166,12 +191,11 @@ def _quantize_at_once(
             accumulator.add(x)
         gathered |= dict.fromkeys(names, accumulator)
         unquantized.finish(stage)
-    done = {
-        f"{prefix}.{name}": _quantize_linear(layer, name, prefix, specs, gathered[name])
-        for stage in STAGES
-        for name in stage
-        if specs[f"{prefix}.{name}"][0] is not None
-    }
+    done: dict[str, Quantized] = {}
+    for names in STAGES:
+        chosen = [name for name in names if specs[f"{prefix}.{name}"][0] is not None]
+        if chosen:
+            done |= _quantize_linears(layer, chosen, prefix, specs, gathered[names[0]])
     quantized = _Stream(layer, context, activations.hidden)
     for stage in (1, 3):
         quantized.finish(stage)
@@ -185,12 +209,10 @@ def _frozen_copy(layer: MistralDecoderLayer) -> MistralDecoderLayer:
     def shallow(module: nn.Module) -> nn.Module:
         twin = copy(module)
         twin._parameters = {
-            n: None if p is None else nn.Parameter(p.data, requires_grad=False) for n, p in module._parameters.items()
+            n: None if p is None else nn.Parameter(p.data, requires_grad=False)
+            for n, p in module._parameters.items()
         }
         twin._modules = {n: None if m is None else shallow(m) for n, m in module._modules.items()}
         return twin
 
     return shallow(layer)  # type: ignore[return-value]
-
-
-Progress = Callable[[str, int, int], None]

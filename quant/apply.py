@@ -18,7 +18,7 @@ from .tensor import QuantizedTensor, Shape, groups_per_row
 
 @dataclass(frozen=True)
 class Target:
-    """A module that can be quantized: its path, ``linear`` or ``embedding``, weight shape (N, K), what it is tied to."""
+    """A module that can be quantized: path, ``linear`` or ``embedding``, weight shape (N, K), what it is tied to."""
 
     path: str
     kind: str
@@ -91,11 +91,11 @@ def resolve(config: QuantConfig, targets: Iterable[Target]) -> dict[str, tuple[Q
             )
     out: dict[str, tuple[QuantSpec | None, str]] = {}
     for target in targets:
-        rule = next((r for r in config.rules if r.matches(target.path)), None)
-        spec, reason = _apply_rule(rule, target)
+        first = next((r for r in config.rules if r.matches(target.path)), None)
+        spec, reason = _apply_rule(first, target)
         if target.tied_to is not None:
             tied_spec = out[target.tied_to][0]
-            if rule is not None and spec != tied_spec:
+            if first is not None and spec != tied_spec:
                 raise ConfigError(
                     f"{target.path} shares its weight with {target.tied_to}, so both must become the same: "
                     f"the rules give {_short(spec)} and {_short(tied_spec)}"
@@ -195,19 +195,17 @@ def quantize_model(model: nn.Module, config: QuantConfig, dtype: torch.dtype | N
             report.outcomes.append(Outcome(target.path, target.shape, None, reason))
             continue
         module = model.get_submodule(target.path)
-        weight = module.weight.detach()  # type: ignore[union-attr]
-        q = made[target.tied_to] if target.tied_to else quantize_weight(target.path, weight, spec)  # type: ignore[arg-type]
+        assert isinstance(module, nn.Linear | nn.Embedding)
+        weight = module.weight.detach()
+        q = made[target.tied_to] if target.tied_to else quantize_weight(target.path, weight, spec)
         made[target.path] = q
-        report.outcomes.append(measure(target.path, weight, q, reason))  # type: ignore[arg-type]
+        report.outcomes.append(measure(target.path, weight, q, reason))
+        new: nn.Module
         if isinstance(module, nn.Embedding):
-            replace_module(
-                model,
-                target.path,
-                QuantEmbedding.from_quantized(q, dtype or weight.dtype, module.padding_idx),
-            )  # type: ignore[arg-type]
+            new = QuantEmbedding.from_quantized(q, dtype or weight.dtype, module.padding_idx)
         else:
-            bias = module.bias.detach() if module.bias is not None else None  # type: ignore[union-attr]
-            replace_module(model, target.path, QuantLinear.from_quantized(q, bias))  # type: ignore[arg-type]
+            new = QuantLinear.from_quantized(q, None if module.bias is None else module.bias.detach())
+        replace_module(model, target.path, new)
     return report
 
 

@@ -31,12 +31,14 @@ class HessianAccumulator:
         if x.shape[-1] != width or (full is not None and full.shape != x.shape):
             raise ValueError(f"expected inputs [..., {width}], got {list(x.shape)}")
         if (full is None) != (self._cross is None):
-            raise ValueError("give the full-precision inputs if and only if the accumulator keeps a cross term")
+            raise ValueError(
+                "give the full-precision inputs if and only if the accumulator keeps a cross term"
+            )
         x = x.reshape(-1, width).to(torch.float32)
         self.tokens += x.shape[0]
         step = -(-width // _STRIPES)
         for start in range(0, width, step):
-            self._h[start : start + step, start:] += x[:, start : start + step].t() @ x[:, start:]
+            self._h[start : start + step, start:].addmm_(x[:, start : start + step].t(), x[:, start:])
         if full is not None and self._cross is not None:
             self._cross.addmm_(full.reshape(-1, width).to(torch.float32).t(), x)
 

@@ -111,7 +111,7 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class Rule:
-    """Module paths matched by any of ``match`` (shell wildcards, ``*`` crosses dots) become ``spec``; None keeps them."""
+    """Modules whose path fits any of ``match`` (shell wildcards, ``*`` crosses dots) become ``spec``; None: kept."""
 
     match: tuple[str, ...]
     spec: QuantSpec | None

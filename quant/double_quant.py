@@ -1,4 +1,4 @@
-"""Scales stored as 8-bit codes: the double quantization of QLoRA (arXiv:2305.14314, section 3), as bitsandbytes does it.
+"""Scales stored as 8-bit codes: the double quantization of QLoRA (arXiv:2305.14314, section 3), as in bitsandbytes.
 
 The mean of all scales is subtracted, the rest is cut into blocks of 256 (row-major over the [N, G] scales), each
 divided by its absmax and rounded to the nearest of 256 values of the dynamic map (arXiv:1511.04561).

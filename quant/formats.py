@@ -50,5 +50,26 @@ class Format(Protocol):
         """uint8 codes -> fp32 weights; scale and zero broadcast to the codes."""
         ...
 
+    def grid(self, scale: Tensor, zero: Tensor | None = None) -> Grid:
+        """The values of G groups, prepared for one small look-up after the other; scale and zero [G, N]."""
+        ...
 
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (NF4, FP4, *INTEGERS)}
+
+class Grid(Protocol):
+    """:meth:`Format.encode` and :meth:`Format.decode` for algorithms that go input channel by input channel."""
+
+    def nearest(self, w: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        """fp32 column [N] of a group -> (place on the grid [N], in a dtype of the grid's own; its value, fp32 [N])."""
+        ...
+
+    def codes(self, places: Tensor, groups: Tensor) -> Tensor:
+        """Places [K, N] and the group int64 [K] of each row -> uint8 codes [K, N]."""
+        ...
+
+    def places(self, count: int) -> Tensor:
+        """An empty tensor [count, N] for places."""
+        ...
+
+
+_ALL: tuple[Format, ...] = (NF4, FP4, *INTEGERS)
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _ALL}

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .formats import FORMATS
-from .refine import objective, refine
+from .formats import FORMATS, Grid
+from .refine import refine
 from .scales import choose_params, stored_params
 from .tensor import Params, QuantizedTensor, groups_per_row
 
 if TYPE_CHECKING:
     from .config import QuantSpec
+
+# channels that gather together inside a block
+_STRIP = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +101,7 @@ def gptq(w: Tensor, spec: QuantSpec, hessian: Tensor | None) -> QuantizedTensor:
         )
     options: GPTQOptions = spec.options
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if options.act_order else None
-    damped = damp(hessian, options)
-    factor = inverse_factor(damped if order is None else damped[order][:, order]).to(torch.float32)
+    damped, factor = factorize(hessian, options, order)
     columns = w.to(torch.float32).t()
     columns = columns.contiguous() if order is None else columns[order]
     groups = groups_per_row(spec, (rows, width))
@@ -118,10 +120,13 @@ def gptq(w: Tensor, spec: QuantSpec, hessian: Tensor | None) -> QuantizedTensor:
     return QuantizedTensor.assemble(spec, codes.contiguous(), exact)
 
 
-def damp(hessian: Tensor, options: GPTQOptions) -> Tensor:
-    """fp64 copy [K, K] with dead channels given a diagonal and the damping that its factorization takes.
+def factorize(hessian: Tensor, options: GPTQOptions, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(damped Hessian fp64 [K, K], its inverse factor fp32 [K, K] in processing order).
 
     A channel that calibration never excited (zero diagonal) is tied to no other, so it is rounded plainly.
+
+    Raises:
+        HessianError: not finite, or not positive definite with the greatest damping allowed.
     """
     h = hessian.to(torch.float64)
     if not bool(torch.isfinite(h).all()):
@@ -134,43 +139,40 @@ def damp(hessian: Tensor, options: GPTQOptions) -> Tensor:
         damped = h.clone()
         damped.diagonal()[dead] = mean
         damped.diagonal().add_(share * mean)
-        if int(torch.linalg.cholesky_ex(damped).info) == 0:
-            return damped
+        factor = inverse_factor(damped if order is None else damped[order][:, order])
+        if factor is not None:
+            return damped, factor.to(torch.float32)
         if share * 10 > options.damp_max * (1 + 1e-9):
             raise HessianError(
-                f"the Hessian [{h.shape[0]}, {h.shape[0]}] is not positive definite with damping {share:g} of its mean "
-                f"diagonal: use more calibration text, or raise damp_max above {options.damp_max:g}"
+                f"the Hessian [{h.shape[0]}, {h.shape[0]}] is not positive definite with damping {share:g} of its "
+                f"mean diagonal: use more calibration text, or raise damp_max above {options.damp_max:g}"
             )
         share *= 10
 
 
-def inverse_factor(h: Tensor) -> Tensor:
-    """Upper triangular U [K, K] with U^T U = h^-1, rows scaled as GPTQ uses them.
+def inverse_factor(h: Tensor) -> Tensor | None:
+    """Upper triangular U [K, K] with U^T U = h^-1; None where h is not positive definite.
 
     With the order of the channels reversed h = L L^T, so back in order h = R R^T with R upper, and U = R^-1:
     one factorization and one triangular inverse, where the usual road takes two and an inverse between them.
     """
-    lower = torch.linalg.cholesky(h.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    if int(failed):
+        return None
     identity = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
 
 
 def _solve(columns: Tensor, spec: QuantSpec, factor: Tensor, used: Params, group_of: Tensor) -> Tensor:
-    """Codes uint8 [K, N] of ``columns`` fp32 [K, N] with the scales fixed; both in processing order."""
-    scale = used.scale.t().contiguous()
-    zero = None if used.zero is None else used.zero.t().contiguous()
-    group_list = group_of.tolist()
-
-    def params(k: int) -> tuple[Tensor, Tensor | None]:
-        g = group_list[k]
-        return scale[g], None if zero is None else zero[g]
-
-    codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
+    """Codes uint8 [K, N] of ``columns`` fp32 [K, N] with the scales fixed; all in processing order."""
+    grid = _grid(used, spec)
+    places = grid.places(columns.shape[0])
     work = columns.clone()
     size = spec.options.block_size
+    groups = group_of.tolist()
     for start in range(0, work.shape[0], size):
-        _solve_block(work, codes, spec, factor, start, min(start + size, work.shape[0]), params)
-    return codes
+        _solve_block(work, places, grid, groups, factor, start, min(start + size, work.shape[0]))
+    return grid.codes(places, group_of)
 
 
 def _solve_with_moving_groups(
@@ -185,13 +187,16 @@ def _solve_with_moving_groups(
     work = columns.clone()
     fitted = []
     for begin in range(0, width, size):
-        exact = choose_params(work[begin : begin + size].t(), spec)
-        used = stored_params(exact, spec)
+        members = slice(begin, begin + size)
+        exact = choose_params(work[members].t(), spec)
         fitted.append(exact)
-        scale, zero = used.scale[:, 0], None if used.zero is None else used.zero[:, 0]
+        grid = _grid(stored_params(exact, spec), spec)
+        places = grid.places(width)
         for start in range(begin, begin + size, block):
-            stop = min(start + block, begin + size)
-            _solve_block(work, codes, spec, factor, start, stop, lambda k, s=scale, z=zero: (s, z))
+            _solve_block(work, places, grid, [0] * width, factor, start, min(start + block, begin + size))
+        codes[members] = grid.codes(
+            places[members], torch.zeros(size, dtype=torch.int64, device=columns.device)
+        )
     g_idx = None
     if order is not None:
         g_idx = torch.empty(width, dtype=torch.int32, device=columns.device)
@@ -203,23 +208,31 @@ def _solve_with_moving_groups(
     return codes, Params(scales, zeros, g_idx)
 
 
+def _grid(used: Params, spec: QuantSpec) -> Grid:
+    zero = None if used.zero is None else used.zero.t().contiguous()
+    return FORMATS[spec.format].grid(used.scale.t().contiguous(), zero)
+
+
 def _solve_block(
-    work: Tensor, codes: Tensor, spec: QuantSpec, factor: Tensor, start: int, stop: int, params
+    work: Tensor, places: Tensor, grid: Grid, groups: list[int], factor: Tensor, start: int, stop: int
 ) -> None:
-    """Fill codes[start:stop]; carry the errors over inside the block, then to all rows of ``work`` behind it."""
-    fmt = FORMATS[spec.format]
-    inside = factor[start:stop, start:stop]
-    pivots = inside.diagonal().tolist()
-    block = work[start:stop]
-    errors = torch.empty_like(block)
-    for i in range(stop - start):
-        scale, zero = params(start + i)
-        codes[start + i] = fmt.encode(block[i], scale, zero)
-        torch.sub(block[i], fmt.decode(codes[start + i], scale, zero), out=errors[i])
-        errors[i] /= pivots[i]
-        block[i + 1 :].addr_(inside[i, i + 1 :], errors[i], alpha=-1)
+    """Fill places[start:stop]; carry the errors over inside the block, then to all rows of ``work`` behind it.
+
+    Inside the block a channel gathers what it is owed when its turn comes (one product over the errors before it),
+    and strips of 32 channels gather from the strips before them at once: the errors are read, not the matrix rewritten.
+    """
+    errors = torch.empty_like(work[start:stop])
+    pivots = factor.diagonal()[start:stop].tolist()
+    for first in range(start, stop, _STRIP):
+        last = min(first + _STRIP, stop)
+        if first > start:
+            work[first:last].addmm_(factor[start:first, first:last].t(), errors[: first - start], alpha=-1)
+        for k in range(first, last):
+            column = work[k]
+            if k > first:
+                owed = errors[first - start : k - start]
+                column = torch.addmv(column, owed.t(), factor[first:k, k], alpha=-1)
+            places[k], value = grid.nearest(column, groups[k])
+            torch.sub(column, value, out=errors[k - start]).div_(pivots[k - start])
     if stop < work.shape[0]:
         work[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-
-
-__all__ = ["GPTQOptions", "HessianError", "damp", "gptq", "inverse_factor", "objective"]

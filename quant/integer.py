@@ -66,5 +66,32 @@ class IntegerFormat:
         """uint8 codes, fp32 ``scale`` and uint8 ``zero`` that broadcast together -> fp32 of the codes' shape."""
         return (codes.to(torch.float32) - (self.middle if zero is None else zero)) * scale
 
+    def grid(self, scale: Tensor, zero: Tensor | None = None) -> IntegerGrid:
+        """See :class:`brise.quant.formats.Grid`: a place is the signed number of steps from the zero point."""
+        middle = torch.full_like(scale[:, :1], self.middle) if zero is None else zero.to(scale.dtype)
+        # a scale of zero leaves every weight at the zero point: 0 steps of 0
+        divisor = torch.where(scale == 0, torch.inf, scale)
+        return IntegerGrid(scale, divisor, -middle, self.top - middle)
 
-INTEGERS = tuple(IntegerFormat(bits) for bits in (2, 3, 4)) + (IntegerFormat(8, default_group=None),)
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """Groups of even steps: ``scale`` and ``divisor`` fp32 [G, N], fewest and most steps fp32 [G, N] or [G, 1]."""
+
+    scale: Tensor
+    divisor: Tensor
+    fewest: Tensor
+    most: Tensor
+
+    def nearest(self, w: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        steps = torch.div(w, self.divisor[group]).round_().clamp_(self.fewest[group], self.most[group])
+        return steps, steps * self.scale[group]
+
+    def codes(self, places: Tensor, groups: Tensor) -> Tensor:
+        return (places - self.fewest[groups]).to(torch.uint8)
+
+    def places(self, count: int) -> Tensor:
+        return self.scale.new_empty(count, self.scale.shape[1])
+
+
+INTEGERS = (*(IntegerFormat(bits) for bits in (2, 3, 4)), IntegerFormat(8, default_group=None))

@@ -88,10 +88,7 @@ class CodebookFormat:
 
         A negative scale turns the codebook round, as it must for double-quantized scales near zero.
         """
-        inverse = 1.0 / torch.where(
-            scale < 0, scale.clamp(max=-_SMALLEST_ABSMAX), scale.clamp(min=_SMALLEST_ABSMAX)
-        )
-        inverse = inverse.expand_as(w)
+        inverse = _reciprocal(scale).expand_as(w)
         first, border, order = _bins(self.values, w.device)
         codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
         rows = max(1, _CHUNK // max(1, w[:1].numel()))
@@ -107,6 +104,40 @@ class CodebookFormat:
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         """uint8 codes and fp32 ``scale`` that broadcast together -> fp32 of the codes' shape."""
         return codebook(self.values, codes.device)[codes.to(torch.int32)] * scale
+
+    def grid(self, scale: Tensor, zero: Tensor | None = None) -> CodebookGrid:
+        """See :class:`brise.quant.formats.Grid`: a place is the place among the sorted values."""
+        table = codebook(self.values, scale.device)
+        order = torch.argsort(table, stable=True)
+        ordered = table[order]
+        midpoints = (ordered[:-1] + ordered[1:]) / 2
+        return CodebookGrid(scale, _reciprocal(scale), ordered, midpoints, order.to(torch.uint8))
+
+
+@dataclass(frozen=True)
+class CodebookGrid:
+    """Groups of a codebook: ``scale`` and its reciprocal fp32 [G, N]; sorted values, their midpoints, their codes."""
+
+    scale: Tensor
+    inverse: Tensor
+    values: Tensor
+    midpoints: Tensor
+    order: Tensor
+
+    def nearest(self, w: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        places = torch.bucketize(w * self.inverse[group], self.midpoints, out_int32=True)
+        return places, self.values.index_select(0, places).mul_(self.scale[group])
+
+    def codes(self, places: Tensor, groups: Tensor) -> Tensor:
+        return self.order[places]
+
+    def places(self, count: int) -> Tensor:
+        return torch.empty(count, self.scale.shape[1], dtype=torch.int32, device=self.scale.device)
+
+
+def _reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale, with zero kept off the way bitsandbytes does."""
+    return 1.0 / torch.where(scale < 0, scale.clamp(max=-_SMALLEST_ABSMAX), scale.clamp(min=_SMALLEST_ABSMAX))
 
 
 @lru_cache(maxsize=32)

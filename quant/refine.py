@@ -20,6 +20,9 @@ from .tensor import Params
 if TYPE_CHECKING:
     from .config import QuantSpec
 
+# channels whose steps are gathered together
+_STRIP = 32
+
 
 def objective(w: Tensor, q: Tensor, hessian: Tensor) -> Tensor:
     """(w - q)^T H (w - q) of every row: fp32 weights [N, K], H [K, K] -> [N]."""
@@ -100,31 +103,33 @@ def fit_scales(w: Tensor, spec: QuantSpec, codes: Tensor, params: Params, h: Ten
     return torch.where(torch.isfinite(out), out, params.scale) * ones
 
 
-def descend(w: Tensor, spec: QuantSpec, codes: Tensor, used: Params, h: Tensor, block: int = 128) -> Tensor:
+def descend(w: Tensor, spec: QuantSpec, codes: Tensor, used: Params, h: Tensor) -> Tensor:
     """One pass of coordinate descent over the input channels: new codes uint8 [N, K].
 
-    With r = (w - q) H, the best value of channel k with the others held is q_k + r_k / H_kk.
+    With r = (w - q) H, the best value of channel k with the others held is q_k + r_k / H_kk. The steps taken are
+    gathered from behind as in GPTQ: by strips, and channel by channel inside a strip.
     """
-    fmt = FORMATS[spec.format]
-    scale, zero = used.per_channel(w.shape[1])
-    scale = scale.t().contiguous()
-    zero = None if zero is None else zero.t().contiguous()
-    q = fmt.decode(codes.t(), scale, zero)
+    width = w.shape[1]
+    zero = None if used.zero is None else used.zero.t().contiguous()
+    grid = FORMATS[spec.format].grid(used.scale.t().contiguous(), zero)
+    if used.g_idx is not None:
+        group_of = used.g_idx.long()
+    else:
+        group_of = torch.arange(width, device=w.device) // (width // used.scale.shape[1])
+    groups = group_of.tolist()
+    q = FORMATS[spec.format].decode(codes, *used.per_channel(width)).t().contiguous()
     residual = h @ (w.t() - q)
-    out = codes.t().contiguous()
+    steps = torch.empty_like(q)
+    places = grid.places(width)
     diagonal = h.diagonal().tolist()
-    for start in range(0, q.shape[0], block):
-        stop = min(start + block, q.shape[0])
-        inside, near = h[start:stop, start:stop], residual[start:stop]
-        steps = torch.empty_like(near)
-        for i in range(stop - start):
-            k = start + i
-            z = None if zero is None else zero[k]
-            out[k] = fmt.encode(q[k] + near[i] / diagonal[k], scale[k], z)
-            torch.sub(fmt.decode(out[k], scale[k], z), q[k], out=steps[i])
-            near.addr_(inside[:, i], steps[i], alpha=-1)
-        rest = torch.ones(q.shape[0], dtype=torch.bool, device=q.device)
-        rest[start:stop] = False
-        if bool(rest.any()):
-            residual[rest] -= h[rest][:, start:stop] @ steps
-    return out.t()
+    for first in range(0, width, _STRIP):
+        last = min(first + _STRIP, width)
+        if first:
+            residual[first:last].addmm_(h[first:last, :first], steps[:first], alpha=-1)
+        for k in range(first, last):
+            owed = residual[k]
+            if k > first:
+                owed = torch.addmv(owed, steps[first:k].t(), h[first:k, k], alpha=-1)
+            places[k], value = grid.nearest(torch.add(q[k], owed, alpha=1 / diagonal[k]), groups[k])
+            torch.sub(value, q[k], out=steps[k])
+    return grid.codes(places, group_of).t()

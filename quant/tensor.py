@@ -29,7 +29,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Params:
-    """What decodes the codes of a weight [N, K]: scale fp32 [N, G], zero uint8 [N, G] or None, g_idx int32 [K] or None."""
+    """What decodes the codes of a weight [N, K]: scale fp32 [N, G], zero uint8 [N, G] or None, g_idx int32 [K] or None"""
 
     scale: Tensor
     zero: Tensor | None = None
@@ -157,6 +157,20 @@ class QuantizedTensor:
             groups = self.tensors["scales"].shape[1]
             zero = unpack_codes(self.tensors["zeros"][rows], FORMATS[self.spec.format].bits, groups)
         return Params(load_scales(self.tensors, self.spec)[rows], zero, self.tensors.get("g_idx"))
+
+    def split(self, sizes: list[int]) -> list[QuantizedTensor]:
+        """Cut into weights of ``sizes`` rows each; ValueError with double quantization, which ties rows together."""
+        if self.spec.double_quant:
+            raise ValueError(
+                "double-quantized scales share blocks across rows: such a weight cannot be split by rows"
+            )
+        parts = {n: [t] * len(sizes) if n == "g_idx" else t.split(sizes) for n, t in self.tensors.items()}
+        return [
+            QuantizedTensor(
+                self.spec, (rows, self.shape[1]), {n: t[i].contiguous() for n, t in parts.items()}
+            )
+            for i, rows in enumerate(sizes)
+        ]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] the codes stand for, computed in fp32 and rounded once to ``dtype``."""
