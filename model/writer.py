@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .atomic import AtomicFolder, write_file
 from .reader import INDEX, SINGLE, inside
-from .safetensors_header import DTYPE_NAMES, CheckpointError
+from .safetensors_header import DTYPE_NAMES, DTYPES, CheckpointError
 
 # What goes with the weights from the folder they come from. Its README is not: it describes other weights.
 COMPANIONS = (
@@ -167,8 +167,8 @@ class CheckpointWriter:
         path = self._path()
         spool = self._spool
         assert spool is not None
-        # wide dtypes first, then by name: every tensor begins at a multiple of its own width
-        order = sorted(self._pending, key=lambda n: (-self._pending[n][0].itemsize, n))
+        ranks = list(DTYPES.values())
+        order = sorted(self._pending, key=lambda name: (ranks.index(self._pending[name][0]), name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         for name in order:
