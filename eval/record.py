@@ -66,7 +66,8 @@ class Memory:
         bits_per_weight: with everything counted; bits_per_quantized_weight: of the quantized weights alone.
         kv_cache: at ``kv_length`` positions, one text, in the computation's dtype.
         loaded: of parameters and buffers in memory.
-        process_peak: main memory while loading and measuring; gpu_peak: of tensors on the GPU.
+        process_peak: main memory of the whole process while it loaded and measured, what it held before
+            (a baseline) included; gpu_peak: of tensors on the GPU.
     """
 
     bytes: int

@@ -162,7 +162,7 @@ def notes(group: Group) -> Iterator[str]:
             f"- Speed: prompt of {p.speed.prompt} tokens, then {p.speed.new_tokens} tokens, "
             f"batch {p.speed.batch}; median (20th to 80th percentile) of {p.speed.repeats} runs."
         )
-    threads = f", {where.threads} threads" if p.device == "cpu" else ""
+    threads = f", {where.threads} thread{'s' * (where.threads > 1)}" if p.device == "cpu" else ""
     yield f"- Measured on {where.device}{threads}, torch {where.versions.get('torch', '?')}."
     yield (
         f"- Text sha256 `{p.text_sha256[:16]}`, windows `{p.tokens_sha256[:16]}`, "
