@@ -15,8 +15,9 @@ test: $(STAMP)
 # the quantized checkpoints stay in .cache, which git ignores; results/demo gets rows, table and picture
 demo: $(STAMP)
 	$(VENV)/bin/brise sweep --model smollm2-135m \
-		--configs source,int8,nf4,nf4-dq,int4-g64,gptq-int4-g64,gptq-nf4,gptq-int3-g64 \
-		--windows 16 --length 1024 --work .cache/demo --out $(DEMO)
+		--configs int8,nf4,nf4-dq,int4-g64,gptq-int4-g64,gptq-nf4,gptq-int3-g64 \
+		--windows 16 --length 1024 --calibration-windows 16 \
+		--checkpoints .cache/demo --out $(DEMO)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -6,6 +6,11 @@ import sys
 import threading
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 # seconds before anything is shown, and between two lines where stderr is no terminal
 DELAY = 1.0
@@ -21,20 +26,17 @@ class Bars:
     """
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True)
         self._terminal = sys.stderr.isatty()
         self._lock = threading.RLock()
         self._start = time.monotonic()
         self._last_line = 0.0
         self._last_stage = ""
         self._stages: dict[str, int] = {}
-        self._live = False
+        self.visible = False
         self._closed = False
         self._timer = threading.Timer(DELAY, self._show)
         self._timer.daemon = True
-        self._progress = _make_progress(self._console)
+        self._progress = _make_progress()
 
     def __enter__(self) -> Bars:
         if self._terminal:
@@ -47,7 +49,7 @@ class Bars:
         self._timer.cancel()
         with self._lock:
             self._closed = True
-            if self._live:
+            if self.visible:
                 self._progress.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -60,12 +62,14 @@ class Bars:
         with self._lock:
             if not self._closed:
                 self._progress.start()
-                self._live = True
+                self.visible = True
 
     def _update(self, stage: str, done: int, total: int) -> None:
         known = total or None
         task = self._stages.get(stage)
         if task is None:
+            for earlier in self._progress.tasks:  # a sweep has many stages; those that are done make room
+                earlier.visible = not earlier.finished
             self._stages[stage] = self._progress.add_task(stage, total=known, completed=done, amount="")
             task = self._stages[stage]
         elif done < self._progress.tasks[task].completed:
@@ -82,7 +86,13 @@ class Bars:
             print(f"{stage} {_amount(stage, done, total)}".rstrip(), file=sys.stderr, flush=True)
 
 
-def _make_progress(console):
+def _make_console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _make_progress() -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     return Progress(
@@ -91,7 +101,7 @@ def _make_progress(console):
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=console,
+        console=_make_console(),
         transient=True,
     )
 

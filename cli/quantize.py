@@ -14,6 +14,7 @@ from .session import Debug, Json, session_of
 from .sources import SRC_HELP, resolve
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import Tensor
 
     from ..quant.apply import Report
@@ -172,10 +173,12 @@ def summary(report: Report) -> dict[str, Any]:
     }
 
 
-def _show_report(console, out: Path, report: Report) -> None:
+def _show_report(console: Console, out: Path, report: Report) -> None:
     from rich.table import Table
 
-    table = Table("what became of it", "modules", "weights", "bytes", box=None, pad_edge=False)
+    from ..eval.memory import human_bytes
+
+    table = Table("what became of it", "modules", "weights", "stored", box=None, pad_edge=False)
     counts: Counter[str] = Counter()
     weights: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
@@ -185,14 +188,14 @@ def _show_report(console, out: Path, report: Report) -> None:
         weights[label] += o.shape[0] * o.shape[1]
         nbytes[label] += o.nbytes or 0
     for label, count in counts.items():
-        size = f"{nbytes[label] / 1e6:,.1f} MB" if nbytes[label] else ""
-        table.add_row(label, str(count), f"{weights[label] / 1e6:,.1f} M", size)
+        size = human_bytes(nbytes[label]) if nbytes[label] else ""
+        table.add_row(label, str(count), f"{weights[label]:,}", size)
     console.print(table)
     bits = summary(report)["bits_per_quantized_weight"]
     print(f"{out}: {bits:.3f} bits per quantized weight, scales included" if bits else out)
 
 
-def _show_presets(console) -> None:
+def _show_presets(console: Console) -> None:
     from rich.table import Table
 
     from ..quant.presets import PRESETS

@@ -24,6 +24,7 @@ from .options import (
     speed_protocol,
     torch_dtype,
 )
+from .quantize import load_config
 from .session import Debug, Json, session_of
 from .sources import SRC_HELP, fetched
 
@@ -86,6 +87,8 @@ def sweep(
     if report and importlib.util.find_spec("matplotlib") is None:
         raise ImportError('the picture needs matplotlib: pip install "brise[demo]", or pass --no-report')
     names = [name.strip() for name in configs.split(",") if name.strip()]
+    for name in names:  # a slip shows before anything is downloaded
+        load_config(name)
     source = fetched(model, session)
 
     from ..eval.provenance import command_line
