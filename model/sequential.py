@@ -65,7 +65,7 @@ def quantize_block(
     done: dict[str, Quantized] = {}
     streams = [_Stream(layer, context, activations.hidden)]
     if activations.full is not None:
-        streams.append(_Stream(_frozen_copy(layer), context, activations.full))
+        streams.append(_Stream(_frozen_copy(layer), context, activations.full, frozen=True))
     for stage in range(len(STAGES)):
         done |= _quantize_stage(layer, stage, specs, streams, prefix)
         for stream in streams:
@@ -74,45 +74,63 @@ def quantize_block(
 
 
 class _Stream:
-    """Calibration windows on their way through a block: the inputs of each stage, and the residual they join."""
+    """Calibration windows on their way through a block: the inputs of each stage, and the residual they join.
 
-    def __init__(self, layer: MistralDecoderLayer, context: WalkContext, hidden: Tensor) -> None:
+    Args:
+        frozen: the block's weights stay as they are (the unquantized twin), so that what o and down give joins the
+            residual at once; otherwise their inputs are kept until :meth:`finish`, when they have been quantized.
+    """
+
+    def __init__(
+        self, layer: MistralDecoderLayer, context: WalkContext, hidden: Tensor, frozen: bool = False
+    ) -> None:
         self.walk = BlockWalk(layer, context)
         self.hidden = hidden
+        self.frozen = frozen
         self._kept: Tensor | None = None
+        self._ran = False
 
     def inputs(self, stage: int) -> Iterator[Tensor]:
-        """The stage's input [1, T, K], window by window; those of o and down are kept for :meth:`finish`."""
-        walk = self.walk
+        """The stage's input [1, T, K], window by window."""
+        self._ran = True
         for i in range(self.hidden.shape[0]):
-            hidden = self.hidden[i : i + 1]
-            if stage == 0:
-                yield walk.attention_input(hidden)
-            elif stage == 1:
-                yield self._keep(i, walk.attend(walk.attention_input(hidden)))
-            elif stage == 2:
-                yield walk.mlp_input(hidden)
-            else:
-                yield self._keep(i, walk.mlp_hidden(walk.mlp_input(hidden)))
+            x = self._input(stage, self.hidden[i : i + 1])
+            if stage in (1, 3):
+                if self.frozen:
+                    self._join(stage, i, x)
+                else:
+                    self._keep(i, x)
+            yield x
 
     def finish(self, stage: int) -> None:
         """With the stage's Linears as they now are, add what o or down gives to the residual, in place."""
-        if stage not in (1, 3):
-            return
-        join = self.walk.after_attention if stage == 1 else self.walk.after_mlp
-        if self._kept is None:
-            for _ in self.inputs(stage):
-                pass
-        assert self._kept is not None
-        for i in range(self.hidden.shape[0]):
-            self.hidden[i : i + 1] = join(self.hidden[i : i + 1], self._kept[i : i + 1])
-        self._kept = None
+        if stage in (1, 3):
+            if not self._ran:
+                for _ in self.inputs(stage):
+                    pass
+            if self._kept is not None:
+                for i in range(self.hidden.shape[0]):
+                    self._join(stage, i, self._kept[i : i + 1])
+        self._kept, self._ran = None, False
 
-    def _keep(self, i: int, x: Tensor) -> Tensor:
+    def _input(self, stage: int, hidden: Tensor) -> Tensor:
+        walk = self.walk
+        if stage == 0:
+            return walk.attention_input(hidden)
+        if stage == 1:
+            return walk.attend(walk.attention_input(hidden))
+        if stage == 2:
+            return walk.mlp_input(hidden)
+        return walk.mlp_hidden(walk.mlp_input(hidden))
+
+    def _join(self, stage: int, i: int, x: Tensor) -> None:
+        join = self.walk.after_attention if stage == 1 else self.walk.after_mlp
+        self.hidden[i : i + 1] = join(self.hidden[i : i + 1], x)
+
+    def _keep(self, i: int, x: Tensor) -> None:
         if self._kept is None:
             self._kept = x.new_empty((self.hidden.shape[0], *x.shape[1:]))
         self._kept[i] = x[0]
-        return self._kept[i : i + 1]
 
 
 def _quantize_stage(
@@ -183,7 +201,7 @@ def _quantize_at_once(
     layer: MistralDecoderLayer, specs: Specs, activations: Activations, context: WalkContext, prefix: str
 ) -> dict[str, Quantized]:
     """All Hessians of the block from its unquantized weights; then one more run with the quantized ones."""
-    unquantized = _Stream(layer, context, activations.hidden.clone())
+    unquantized = _Stream(layer, context, activations.hidden.clone(), frozen=True)
     gathered: dict[str, HessianAccumulator] = {}
     for stage, names in enumerate(STAGES):
         accumulator = HessianAccumulator(layer.get_submodule(names[0]).in_features)  # type: ignore[arg-type]

@@ -170,6 +170,8 @@ class Calibration:
             )
         if self.target not in ("quantized", "full"):
             raise ConfigError(f"calibration target must be quantized or full, got {self.target!r}")
+        if self.target == "full" and not self.true_sequential:
+            raise ConfigError("calibration target full goes through each block in true-sequential order")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:

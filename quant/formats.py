@@ -59,7 +59,7 @@ class Grid(Protocol):
     """:meth:`Format.encode` and :meth:`Format.decode` for algorithms that go input channel by input channel."""
 
     def nearest(self, w: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        """fp32 column [N] of a group -> (place on the grid [N], in a dtype of the grid's own; its value, fp32 [N])."""
+        """fp32 ``w`` [..., N] of a group -> (places on the grid, in a dtype of the grid's own; their values, fp32)."""
         ...
 
     def codes(self, places: Tensor, groups: Tensor) -> Tensor:

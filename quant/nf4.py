@@ -126,7 +126,8 @@ class CodebookGrid:
 
     def nearest(self, w: Tensor, group: int) -> tuple[Tensor, Tensor]:
         places = torch.bucketize(w * self.inverse[group], self.midpoints, out_int32=True)
-        return places, self.values.index_select(0, places).mul_(self.scale[group])
+        values = self.values.index_select(0, places.flatten()).view(places.shape)
+        return places, values.mul_(self.scale[group])
 
     def codes(self, places: Tensor, groups: Tensor) -> Tensor:
         return self.order[places]

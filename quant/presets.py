@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .config import QuantConfig, QuantSpec, Rule
+from .config import Calibration, QuantConfig, QuantSpec, Rule
 
 _BODY = ("*layers.*",)
 _ENDS = ("*embed_tokens", "lm_head")
@@ -29,17 +29,24 @@ _SPECS: dict[str, QuantSpec] = {
 }
 
 
+# What pays on SmolLM2 (results/gptq.md): scales searched under the Hessian, and the full model's outputs as the target.
+_CALIBRATION = Calibration(target="full")
+
+
 def _gptq(spec: QuantSpec) -> QuantSpec:
-    return dataclasses.replace(spec, algorithm="gptq", options=None)
+    # one scale for a whole row is searched by its squared error: its block of the Hessian would be all of it
+    scale = "mse" if spec.group_size is None else "hessian"
+    return dataclasses.replace(spec, algorithm="gptq", scale=scale, options=None)
 
 
 def _presets() -> dict[str, QuantConfig]:
     out = {}
     for name, spec in _SPECS.items():
         for prefix, chosen in (("", spec), ("gptq-", _gptq(spec))):
-            out[prefix + name] = QuantConfig((Rule(_BODY, chosen),))
+            calibration = _CALIBRATION if chosen.needs_hessian else Calibration()
+            out[prefix + name] = QuantConfig((Rule(_BODY, chosen),), calibration)
             # the ends are rounded plainly: a table of token vectors has no calibration inputs
-            out[f"{prefix}{name}-all"] = QuantConfig((Rule(_BODY, chosen), Rule(_ENDS, spec)))
+            out[f"{prefix}{name}-all"] = QuantConfig((Rule(_BODY, chosen), Rule(_ENDS, spec)), calibration)
     return out
 
 

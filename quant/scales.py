@@ -11,6 +11,8 @@ from .config import QuantSpec
 from .formats import FORMATS
 from .tensor import Params, groups_per_row, load_scales, store_scales
 
+# weights searched at a time: they and their temporaries stay in a core's L2 cache
+_CHUNK = 1 << 16
 # clipping ratios tried, as multiples of the absmax scale; 1.0 first, so that it wins ties
 _RATIOS = (1.0, *(r / 40 for r in (*range(39, 19, -1), 41, 42, 43)))
 
@@ -48,26 +50,33 @@ def search_scale(
     The error is ||e||^2, or e^T H_gg e with the group's own diagonal block of the Hessian [K, K].
     Symmetric integers have one code more below zero than above, so each ratio is tried with both signs.
     """
-    fmt = FORMATS[spec.format]
-    count, width = groups.shape[1:]
-    blocks = None
-    if hessian is not None:
-        index = torch.arange(count * width, device=hessian.device).view(count, width)
-        blocks = hessian[index[:, :, None], index[:, None, :]].to(torch.float32)
     signs = (1.0, -1.0) if spec.symmetric and spec.format.startswith("int") else (1.0,)
-    best, least = base.clone(), torch.full_like(base, torch.inf)
-    for ratio in _RATIOS:
-        for sign in signs:
-            scale = base * (ratio * sign)
-            if not spec.double_quant:  # else what storage makes of one scale depends on all the others
-                scale = load_scales(store_scales(scale, spec), spec)
-            z = None if zero is None else zero[..., None]
-            error = groups - fmt.decode(fmt.encode(groups, scale[..., None], z), scale[..., None], z)
-            if blocks is None:
-                loss = error.square().sum(-1)
-            else:
-                loss = (torch.einsum("ngk,gkl->ngl", error, blocks) * error).sum(-1)
-            better = loss < least
-            least = torch.where(better, loss, least)
-            best = torch.where(better, scale, best)
+    candidates = [base * (ratio * sign) for ratio in _RATIOS for sign in signs]
+    if not spec.double_quant:  # else what storage makes of one scale depends on all the others
+        candidates = [load_scales(store_scales(scale, spec), spec) for scale in candidates]
+    best = torch.empty_like(base)
+    width = groups.shape[2]
+    step = max(1, _CHUNK // width)
+    for g in range(groups.shape[1]):
+        members = slice(g * width, (g + 1) * width)
+        block = None if hessian is None else hessian[members, members].to(torch.float32)
+        for start in range(0, groups.shape[0], step):
+            rows = slice(start, start + step)
+            z = None if zero is None else zero[rows, g]
+            scales = torch.stack([scale[rows, g] for scale in candidates])
+            best[rows, g] = _least_error(groups[rows, g].t().contiguous(), scales, z, spec, block)
     return best
+
+
+def _least_error(
+    w: Tensor, scales: Tensor, zero: Tensor | None, spec: QuantSpec, block: Tensor | None
+) -> Tensor:
+    """Of the candidate ``scales`` [C, N] of one group's weights [g, N], the best of each row: [N]. Ties: the first."""
+    losses = torch.empty_like(scales)
+    grid = FORMATS[spec.format].grid(scales, None if zero is None else zero.expand_as(scales))
+    for c in range(scales.shape[0]):
+        error = w - grid.nearest(w, c)[1]
+        weighed = error if block is None else block @ error
+        torch.sum(weighed * error, dim=0, out=losses[c])
+    chosen = losses.argmin(dim=0, keepdim=True)
+    return scales.gather(0, chosen).squeeze(0)

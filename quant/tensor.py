@@ -29,7 +29,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Params:
-    """What decodes the codes of a weight [N, K]: scale fp32 [N, G], zero uint8 [N, G] or None, g_idx int32 [K] or None"""
+    """What decodes codes [N, K]: scale fp32 [N, G], zero uint8 [N, G] or None, g_idx int32 [K] or None."""
 
     scale: Tensor
     zero: Tensor | None = None
