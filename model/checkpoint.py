@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -140,8 +140,9 @@ def save_model(
     contents = model.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         contents.pop(key, None)
-    known = getattr(model.config, "quantization_config", None)
-    if config is None and isinstance(known, Mapping):
+    known: Any = getattr(model.config, "quantization_config", None)
+    known = known.to_dict() if hasattr(known, "to_dict") else known
+    if config is None and isinstance(known, Mapping) and "modules" in known:
         config = read_entry(known, "model.config")[0]
     entry = entry_of(model, config)
     if entry is not None:

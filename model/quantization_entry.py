@@ -7,10 +7,11 @@ tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..quant.config import ConfigError, QuantConfig, QuantSpec, Rule
 from ..quant.linear import QuantEmbedding, QuantLinear
@@ -106,6 +107,31 @@ def entry_of(model: nn.Module, config: QuantConfig | None = None) -> dict[str, A
             by_spec.setdefault(spec, []).append(path)
         config = QuantConfig(tuple(Rule(tuple(paths), spec) for spec, paths in by_spec.items()))
     return quantization_entry(config, specs)
+
+
+def guard_of(entry: Any, names: Iterable[str]) -> tuple[str, Tensor] | None:
+    """A tensor of no bytes that keeps other loaders from taking a quantized folder for a plain one.
+
+    transformers without our plug-in warns of the unknown method, finds no ``X.weight``, and goes on with
+    random numbers in its place. A stored ``X.weight`` of the wrong shape stops it with an error, so one is
+    stored. Our own reader does not show it.
+
+    Args:
+        entry: ``quantization_config`` of the folder, if any.
+        names: the tensors of the folder.
+    Returns:
+        Name and tensor, or None for a folder that is not quantized.
+    """
+    if not isinstance(entry, Mapping) or entry.get("quant_method") != METHOD:
+        return None
+    present = set(names)
+    path = next((path for path in entry["modules"] if f"{path}.qweight" in present), None)
+    return None if path is None else (f"{path}.weight", torch.empty(0, dtype=torch.uint8))
+
+
+def is_guard(dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether a stored ``X.weight`` of a quantized X is the tensor of :func:`guard_of`."""
+    return dtype == torch.uint8 and shape == (0,)
 
 
 def _cut(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .quantization_entry import is_guard
 from .safetensors_header import MAX_JSON_BYTES, CheckpointError, Entry, parse_json, read_header
 
 SINGLE = "model.safetensors"
@@ -125,6 +126,8 @@ class CheckpointReader:
             self._open(shard)
         if weight_map is not None:
             self._check_index(weight_map)
+        for name in [n for n in self._where if self._hides(n)]:
+            del self._where[name]
         self.names: list[str] = sorted(self._where)
 
     def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -161,6 +164,12 @@ class CheckpointReader:
             for name in names:
                 entry = self._where[name][1]
                 yield name, _typed(whole, entry, entry.begin)
+
+    def _hides(self, name: str) -> bool:
+        """Whether a tensor is the guard of a quantized folder (:func:`.quantization_entry.guard_of`)."""
+        entry = self._where[name][1]
+        codes = name.removesuffix("weight") + "qweight"
+        return name.endswith(".weight") and codes in self._where and is_guard(entry.dtype, entry.shape)
 
     def _find(self, name: str) -> tuple[str, Entry]:
         if name not in self._where:

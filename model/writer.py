@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .atomic import AtomicFolder, write_file
+from .quantization_entry import guard_of
 from .reader import INDEX, SINGLE, inside
 from .safetensors_header import DTYPE_NAMES, DTYPES, CheckpointError
 
@@ -132,6 +133,9 @@ class CheckpointWriter:
                 or a file of ``copy_from`` is a link that leads out of it.
         """
         path = self._path()
+        guard = guard_of(config.get("quantization_config"), self._names)
+        if guard is not None:
+            self.add(*guard)
         if self._pending:
             self._close_shard()
         if not self._shards:
