@@ -1,0 +1,248 @@
+"""Matrix products with quantized weights on a CPU, without ever making the whole dense matrix.
+
+A block of a million weights is decoded, multiplied and dropped (smaller ones that fit the L2 cache lost to
+the cost of calling operators: 4096 x 4096 nf4 took 25 ms at 2^20 weights a block, 45 at 2^16). Three tricks
+make torch's own elementwise operators fast enough at it (measured on AVX-512, one thread): nf4, fp4, int3
+and int2 look up four weights at a time (nf4 in a table of 65536: 0.6 ns a weight; byte pairs 0.7, a gather
+of single codes 1.5); 4-bit integers are never interleaved, the even and the odd channels are two products;
+and uint8 -> float copies run at 0.2 ns a weight where uint8 -> int32 takes 2. int4 under bf16 activations
+uses torch's packed int4 product, which is an order of magnitude faster still (in fp32 and fp16 that
+operator is scalar code and is not used).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import Weight
+
+# weights decoded at a time
+_BLOCK = 1 << 20
+# from this many rows on the product, not the decoding, takes the time: bf16 tiles pay where the chip has them
+_MANY_ROWS = 32
+_QUAD_BITS = ("nf4", "fp4", "int3", "int2")
+INT4PACK_GROUPS = (32, 64, 128, 256)
+
+
+def matmul(x: Tensor, w: Weight, bias: Tensor | None = None, batch_invariant: bool = False) -> Tensor:
+    """x [M, K] @ W^T (+ bias) -> [M, N] in x's dtype; sums in fp32, or in x's dtype's own product for many
+    rows."""
+    rows, (n, width) = x.shape[0], w.shape
+    step = max(1, _BLOCK // max(1, width))
+    tiles = x.dtype == torch.bfloat16 and rows >= _MANY_ROWS and not batch_invariant and _has_bf16_tiles()
+    work = torch.bfloat16 if tiles else _work_dtype(x.dtype)
+    inputs = _Inputs(x.to(work), w, batch_invariant)
+    out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    scale, zero = _parameters(w)
+    for start in range(0, n, step):
+        part = slice(start, min(start + step, n))
+        result = inputs.multiply(part, scale[part], None if zero is None else zero[part])
+        if bias is not None:
+            result = result + bias[part].to(result.dtype)
+        out[:, part] = result
+    return out
+
+
+def matmul_backward(grad: Tensor, w: Weight) -> Tensor:
+    """grad [M, N] @ W -> [M, K] in grad's dtype, the sum over blocks of output channels in fp32."""
+    n, width = w.shape
+    step = max(64, _BLOCK // max(1, width))
+    out = torch.zeros(grad.shape[0], width, dtype=_work_dtype(grad.dtype), device=grad.device)
+    for start in range(0, n, step):
+        part = slice(start, min(start + step, n))
+        out += grad[:, part].to(out.dtype) @ dequantize_rows(w, part, out.dtype)
+    return out.to(grad.dtype)
+
+
+def dequantize_rows(w: Weight, part: slice, dtype: torch.dtype) -> Tensor:
+    """Rows ``part`` of W, dense."""
+    scale, zero = _parameters(w)
+    rows = Weight(
+        w.format,
+        (part.stop - part.start, w.shape[1]),
+        w.qweight[part],
+        scale[part],
+        None,
+        None,
+        None,
+        None,
+        w.g_idx,
+    )
+    if w.format in reference.CODEBOOKS or zero is None:
+        return reference.dequantize(rows, dtype)
+    work = _work_dtype(dtype)
+    codes = reference.unpack_codes(w.qweight[part], reference.BITS[w.format], w.shape[1]).to(work)
+    group = _group_index(w)
+    return ((codes - zero[part][:, group]) * scale[part][:, group].to(work)).to(dtype)
+
+
+@lru_cache(maxsize=1)
+def _has_bf16_tiles() -> bool:
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe()) if probe is not None else False
+
+
+def _work_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _parameters(w: Weight) -> tuple[Tensor, Tensor | None]:
+    zero = None
+    if w.zeros is not None:
+        zero = reference.unpack_codes(w.zeros, reference.BITS[w.format], w.groups).float()
+    return reference.scales(w), zero
+
+
+def _group_index(w: Weight) -> Tensor:
+    if w.g_idx is not None:
+        return w.g_idx.long()
+    return torch.arange(w.shape[1], device=w.qweight.device) // (w.shape[1] // w.groups)
+
+
+class _Inputs:
+    """The activations, arranged once, and how a block of rows is decoded and multiplied."""
+
+    def __init__(self, x: Tensor, w: Weight, one_by_one: bool) -> None:
+        self.w, self.one_by_one = w, one_by_one
+        width, group = w.shape[1], w.shape[1] // w.groups
+        fast = w.g_idx is None and x.dtype != torch.float64
+        self.middle = 0 if w.format in reference.CODEBOOKS else 1 << (reference.BITS[w.format] - 1)
+        self.quads = fast and w.format in _QUAD_BITS and width % (8 if w.format == "int3" else 4) == 0
+        self.halves = fast and w.format == "int4" and group % 2 == 0
+        self.bytes = fast and w.format == "int8"
+        # the channels of one product each: int4 keeps even and odd ones apart
+        self.xs = [x[:, 0::2].contiguous(), x[:, 1::2].contiguous()] if self.halves else [x]
+
+    def multiply(self, part: slice, scale: Tensor, zero: Tensor | None) -> Tensor:
+        w, x = self.w, self.xs[0]
+        codes = w.qweight[part]
+        if self.quads:
+            values = torch.index_select(_quads(w.format), 0, _words(codes, w.format)).view(torch.float32)
+            return self._linear(x, self._scaled(values, scale, zero))
+        if self.bytes:
+            return self._linear(
+                x, self._scaled((codes ^ 128).view(torch.int8).to(torch.float32), scale, zero)
+            )
+        if self.halves:
+            low, high = (codes & 15).view(torch.int8).sub_(8), (codes >> 4).view(torch.int8).sub_(8)
+            even = self._linear(x, self._scaled(low.to(torch.float32), scale, zero))
+            return even + self._linear(self.xs[1], self._scaled(high.to(torch.float32), scale, zero))
+        return self._linear(x, dequantize_rows(w, part, x.dtype))
+
+    def _scaled(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        rows, groups = scale.shape
+        values = values.view(rows, groups, -1)
+        if zero is not None:
+            values = values.sub_((zero - self.middle)[:, :, None])
+        return values.mul_(scale[:, :, None]).view(rows, -1).to(self.xs[0].dtype)
+
+    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.shape[0] == 1 or self.one_by_one:
+            # one product a row: what the library does then cannot depend on how many rows there are
+            return (
+                torch.stack([torch.mv(weight, row) for row in x])
+                if x.shape[0]
+                else x.new_empty(0, weight.shape[0])
+            )
+        return torch.nn.functional.linear(x, weight)
+
+
+def _words(codes: Tensor, fmt: str) -> Tensor:
+    """Packed codes uint8 [R, B] -> int32 [R*B*8/(4*bits)], each the bits of four neighbouring codes."""
+    if fmt == "int2":
+        return codes.flatten().to(torch.int32)
+    if fmt == "int3":
+        first, middle, last = codes.view(-1, 3).to(torch.int32).unbind(1)
+        return torch.stack([first | ((middle & 15) << 8), (middle >> 4) | (last << 4)], dim=1).flatten()
+    return codes.view(torch.uint16).to(torch.int32).flatten()
+
+
+@lru_cache(maxsize=8)
+def _quads(fmt: str) -> Tensor:
+    """The four fp32 values of every word of four codes, first channel first, as one complex128 [16^bits]."""
+    bits = reference.BITS[fmt]
+    table = torch.tensor(
+        reference.CODEBOOKS.get(fmt) or [code - (1 << (bits - 1)) for code in range(1 << bits)]
+    )
+    word = torch.arange(1 << (4 * bits))
+    quads = torch.stack([table.float()[(word >> (bits * i)) & ((1 << bits) - 1)] for i in range(4)], dim=1)
+    return quads.contiguous().view(torch.complex128).flatten()
+
+
+def can_pack_int4(w: Weight) -> bool:
+    """Whether torch's packed int4 product takes this weight: group 32 to 256, N a multiple of 64 (and no
+    g_idx)."""
+    n, width = w.shape
+    divides = width % w.groups == 0 and width // w.groups in INT4PACK_GROUPS
+    return w.format == "int4" and w.g_idx is None and divides and n % 64 == 0
+
+
+def pack_int4(w: Weight) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (torch's packed codes uint8 [N, K/2], bf16 [G, N, 2] of scale and scale*(8-zero), fp32 [G, N]
+    remainder).
+
+    The remainder is what rounding to bf16 lost of the offsets, and of the scales times their group's mean
+    code: such errors act on a whole group at once, so they do not average out as the rounding of single
+    weights does.
+    """
+    scale, zero = _parameters(w)
+    offset = torch.zeros_like(scale) if zero is None else scale * (8 - zero)
+    blocks, means = [], []
+    for start in range(0, w.shape[0], 512):
+        codes = reference.unpack_codes(w.qweight[start : start + 512], 4, w.shape[1]).to(torch.int32)
+        blocks.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+        means.append(codes.unflatten(1, (w.groups, -1)).float().mean(-1) - 8)
+    pairs = torch.stack([scale.T, offset.T], dim=-1).to(torch.bfloat16).contiguous()
+    lost = torch.stack([scale.T, offset.T], dim=-1) - pairs.float()
+    return torch.cat(blocks), pairs, (lost[..., 1] + lost[..., 0] * torch.cat(means).T).contiguous()
+
+
+def matmul_int4pack(
+    x: Tensor,
+    packed: Tensor,
+    pairs: Tensor,
+    remainder: Tensor | None,
+    bias: Tensor | None,
+    batch_invariant: bool,
+) -> Tensor:
+    """bf16 x [M, K] times the weight of :func:`pack_int4` -> bf16 [M, N]."""
+    groups = pairs.shape[0]
+    x = x.contiguous()
+
+    def product(rows: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, x.shape[1] // groups, pairs)
+
+    if x.shape[0] == 0:
+        return x.new_empty(0, pairs.shape[1])
+    out = torch.cat([product(row) for row in x.split(1)]) if batch_invariant else product(x)
+    if remainder is None and bias is None:
+        return out
+    exact = out.float()
+    if remainder is not None:
+        sums = x.unflatten(1, (groups, -1)).float().sum(-1)
+        parts = sums.split(1) if batch_invariant else [sums]
+        exact = exact + torch.cat([rows @ remainder for rows in parts])
+    if bias is not None:
+        exact = exact + bias.float()
+    return exact.to(x.dtype)
+
+
+def int8_dynamic_matmul(x: Tensor, w: Weight, bias: Tensor | None, threshold: float) -> Tensor:
+    """As the reference of the same name, with torch's int8 product."""
+    outlier = reference.outlier_columns(x, threshold)
+    q, token_scale = reference.quantize_tokens(x.masked_fill(outlier, 0))
+    codes = (w.qweight ^ 128).view(torch.int8)
+    scale = reference.scales(w)[:, 0]
+    if x.shape[0] == 0:
+        return x.new_empty(0, w.shape[0])
+    out = torch._int_mm(q, codes.T).to(torch.float32) * token_scale[:, None]
+    if bool(outlier.any()):
+        out += x[:, outlier].float() @ codes[:, outlier].float().T
+    out *= scale
+    if bias is not None:
+        out += bias.float()
+    return out.to(x.dtype)

@@ -1,0 +1,150 @@
+"""Launches of the Triton matrix products: grids, workspaces, configurations. Imported only when one is
+launched."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .int8 import int8_dynamic_kernel, quantize_tokens_kernel
+from .layout import tiles_shape
+from .matmul import dequantize_kernel, matmul_kernel
+from .reference import CODEBOOKS
+
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_locks: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET=1 runs the kernels on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _use_asm(device: torch.device, dtype: torch.dtype) -> bool:
+    return (
+        device.type == "cuda" and torch.version.hip is None and dtype != torch.float32 and not interpreting()
+    )
+
+
+@lru_cache(maxsize=16)
+def _codebook(fmt: str, device: torch.device) -> Tensor:
+    return torch.tensor(CODEBOOKS[fmt], dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return tuning.MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
+    """Arrival counters, zero between launches: the last program of each tile resets its own. One set a
+    stream."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    counters = _locks.get((device, stream))
+    if counters is None or counters.numel() < count:
+        counters = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        _locks[device, stream] = counters
+    return counters
+
+
+def _plane_bytes(fmt: str, n: int, k: int) -> int:
+    """Offset of int3's plane of high bits."""
+    rows, columns = tiles_shape(n, k)
+    return rows * columns * 256 if fmt == "int3" else 0
+
+
+def matmul(
+    x: Tensor,
+    fmt: str,
+    n: int,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    absmax: Tensor | None,
+    offset: Tensor | None,
+    scale_map: Tensor | None,
+    bias: Tensor | None,
+    batch_invariant: bool,
+) -> Tensor:
+    """x [M, K] (any strides) times a tiled weight [N, K] -> [M, N]."""
+    m, k = x.shape
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if m == 0 or n == 0:
+        return y
+    groups = scales.shape[0]
+    group = 0 if groups == 1 else k // groups
+    config = tuning.MATMUL_INVARIANT if batch_invariant else tuning.by_tokens(tuning.MATMUL, m)
+    bk = tuning.block_k(config, group)
+    blocks_n, blocks_m = triton.cdiv(n, config.bn), triton.cdiv(m, config.bm)
+    blocks_for_split = 1 if batch_invariant else blocks_m
+    split = tuning.splits(n, k, blocks_for_split, config, bk, _multiprocessors(x.device))
+    work = locks = y
+    if split > 1:
+        work = torch.empty(blocks_n * blocks_m * split * config.bn * config.bm, device=x.device)
+        locks = _counters(x.device, blocks_n * blocks_m)
+    asm = _use_asm(x.device, x.dtype)
+    book = _codebook(fmt, x.device) if fmt in CODEBOOKS else scales
+    matmul_kernel[(blocks_n * blocks_m, split)](
+        x, qweight, scales, zeros, absmax, offset, scale_map, book, bias, y, work, locks,
+        m, n, k, groups, x.stride(0), x.stride(1), _plane_bytes(fmt, n, k),
+        FORMAT=fmt, GROUP=group, ZERO=zeros is not None, DOUBLE=absmax is not None, BIAS=bias is not None,
+        BN=config.bn, BK=bk, BM=config.bm, SPLIT=split, STAGES=config.stages,
+        EVEN=n % config.bn == 0 and k % bk == 0, DTYPE=DTYPES[x.dtype], ASM=asm, num_warps=config.warps,
+    )  # fmt: skip
+    return y
+
+
+def dequantize(
+    dtype: torch.dtype,
+    fmt: str,
+    shape: tuple[int, int],
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    absmax: Tensor | None,
+    offset: Tensor | None,
+    scale_map: Tensor | None,
+) -> Tensor:
+    """A tiled weight -> dense [N, K]."""
+    n, k = shape
+    groups = scales.shape[0]
+    y = torch.empty(n, k, dtype=dtype, device=qweight.device)
+    asm = _use_asm(y.device, dtype)
+    book = _codebook(fmt, y.device) if fmt in CODEBOOKS else scales
+    dequantize_kernel[(triton.cdiv(n, 64), triton.cdiv(k, 64))](
+        qweight, scales, zeros, absmax, offset, scale_map, book, y, n, k, groups, _plane_bytes(fmt, n, k),
+        FORMAT=fmt, GROUP=0 if groups == 1 else k // groups, ZERO=zeros is not None,
+        DOUBLE=absmax is not None, BN=64, BK=64, DTYPE=DTYPES[dtype] if asm else tl.float32, ASM=asm,
+        num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def int8_dynamic_matmul(
+    x: Tensor, qweight: Tensor, scales: Tensor, outlier: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """x [M, K] times portable int8 codes [N, K], scales fp32 [N]; ``outlier`` uint8 [K] or None."""
+    m, k = x.shape
+    n = qweight.shape[0]
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if m == 0 or n == 0:
+        return y
+    q = torch.empty(m, k, dtype=torch.int8, device=x.device)
+    xs = torch.empty(m, dtype=torch.float32, device=x.device)
+    quantize_tokens_kernel[(m,)](
+        x, outlier, q, xs, k, x.stride(0), x.stride(1), BLOCK=1024, OUTLIERS=outlier is not None, num_warps=4
+    )
+    config = tuning.by_tokens(tuning.INT8_DYNAMIC if outlier is None else tuning.INT8_OUTLIERS, m)
+    int8_dynamic_kernel[(triton.cdiv(m, config.bm) * triton.cdiv(n, config.bn),)](
+        x, q, xs, outlier, qweight, scales, bias, y, m, n, k, x.stride(0), x.stride(1),
+        BM=config.bm, BN=config.bn, BK=config.bk, STAGES=config.stages, OUTLIERS=outlier is not None,
+        BIAS=bias is not None, DTYPE=DTYPES[x.dtype], num_warps=config.warps,
+    )  # fmt: skip
+    return y
