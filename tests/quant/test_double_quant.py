@@ -63,7 +63,7 @@ def test_every_bin_and_its_borders():
 @given(
     rows=st.integers(1, 40),
     groups=st.integers(1, 40),
-    exponent=st.integers(-130, 100),
+    exponent=st.integers(-130, 90),  # beyond that the mean of 1600 scales leaves float32, which is refused
     spread=st.sampled_from([1e-7, 1e-3, 1.0, 1e6]),
     signs=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
