@@ -1,6 +1,7 @@
 """What all tests share: no hub, no deadlines on a shared machine, and a reason for every skipped GPU test."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,42 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "\n\n".join(f"Passage {i}: " + f"the wind is {i % 7} and light. " * 12 for i in range(40))
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three good folders of one quantized model: a single file, shards with an index, and tied."""
+    import torch
+    from transformers import MistralConfig
+
+    from brise.model.checkpoint import save_model
+    from brise.model.mistral import MistralForCausalLM
+    from brise.quant.apply import quantize_model
+    from brise.quant.presets import PRESETS
+
+    root = tmp_path_factory.mktemp("made")
+    for name, tied in (("single", False), ("sharded", False), ("tied", True)):
+        torch.manual_seed(0)
+        config = MistralConfig(
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=tied,
+        )
+        model = MistralForCausalLM(config)
+        quantize_model(model, PRESETS["int4-g32-all" if tied else "int4-g32"])
+        save_model(model, root / name, max_shard_bytes=9_000 if name == "sharded" else 10**9)
+    return root
+
+
+@pytest.fixture
+def single(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "single", tmp_path / "single"))
+
+
+@pytest.fixture
+def sharded(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "sharded", tmp_path / "sharded"))

@@ -3,11 +3,7 @@
 import errno
 import json
 import os
-import resource
-import signal
 import stat
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,59 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from brise.model import atomic
-from brise.model.atomic import AtomicFolder
 from brise.model.checkpoint import CheckpointError, CheckpointReader, CheckpointWriter
 
-INTEGERS = (torch.uint64, torch.int64, torch.uint32, torch.int32, torch.uint16, torch.int16, torch.int8)
-INDEX = "model.safetensors.index.json"
-
-
-def tensors(fill=1):
-    """Some of every width, shape and stride."""
-    generator = torch.Generator().manual_seed(fill)
-    wide = torch.randn(6, 10, generator=generator)
-    return {
-        "b.weight": wide,
-        "a.weight": wide.bfloat16().t(),
-        "a.codes": torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8, generator=generator),
-        "scalar": torch.tensor(float(fill)),
-        "empty": torch.empty(0, 4, dtype=torch.float16),
-        "long": torch.arange(5) * fill,
-        "flag": torch.tensor([True, False]),
-        "strided": wide[::2, 1::3].double(),
-        "eight": wide.to(torch.float8_e4m3fn),
-        "other eight": wide.to(torch.float8_e5m2),
-        **{f"z{d.itemsize}{d}": torch.arange(9).to(d) for d in INTEGERS},
-        "ünï.weight": wide[:1].half(),
-    }
-
-
-def write(out, fill=1, finish=True, config=None, copy_from=None, extra=None, **options):
-    with CheckpointWriter(out, **options) as writer:
-        for name, tensor in tensors(fill).items():
-            writer.add(name, tensor)
-        if finish:
-            writer.finish({"fill": fill} if config is None else config, copy_from, extra)
-    return Path(out)
-
-
-def state(out):
-    """What a reader sees at ``out``: None, or which of the writers made it, everything checked."""
-    if not out.exists():
-        return None
-    reader = CheckpointReader(out)
-    fill = reader.config["fill"]
-    expected = tensors(fill)
-    assert reader.names == sorted(expected)
-    for name, tensor in reader.tensors():
-        assert tensor.dtype == expected[name].dtype and tensor.shape == expected[name].shape
-        assert tensor.float().equal(expected[name].float())
-    return fill
-
-
-def siblings(out):
-    return sorted(p.name for p in out.parent.iterdir() if p != out)
-
+from .written import INDEX, siblings, state, tensors, write
 
 # --- bytes
 
@@ -301,119 +247,3 @@ def test_replacing_where_names_cannot_be_swapped(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "rename", failing)
         writer.finish({"fill": 3})
     assert len(calls) == 3 and state(out) == 2 and siblings(out) == []
-
-
-# --- a kill at any moment
-
-
-def child(work):
-    """Run ``work`` in a forked process; its exit status as os.waitpid has it."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
-            os._exit(9)
-    return os.waitpid(pid, 0)[1]
-
-
-_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "fcntl.flock")
-
-
-def killed_at(step, work):
-    """Kill a process that does ``work`` right before its ``step``-th dealing with the file system."""
-
-    def run():
-        seen = 0
-
-        def count():
-            nonlocal seen
-            seen += 1
-            if seen == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(lambda event, args: count() if event in _EVENTS else None)
-        real_exchange, real_fsync = atomic._exchange, os.fsync
-        os.fsync = lambda fd: (count(), real_fsync(fd))[1]
-        atomic._exchange = lambda a, b: (count(), real_exchange(a, b), count())[1]
-        work()
-
-    return child(run)
-
-
-@pytest.mark.parametrize("swap", [True, False])
-def test_a_kill_leaves_the_old_or_the_new(tmp_path, swap):
-    out = tmp_path / "m"
-    write(out)
-    outcomes = []
-
-    def work():
-        if not swap:
-            atomic._exchange = lambda a, b: False
-        write(out, fill=2, overwrite=True, max_shard_bytes=600)
-
-    for step in range(1, 500):
-        status = killed_at(step, work)
-        if not out.exists():
-            # only without a swap of names: the next writer puts the old folder back before anything else
-            assert not swap
-            write(out, fill=5, finish=False, overwrite=True)
-            assert state(out) == 1
-        outcomes.append(state(out))
-        assert outcomes[-1] in (1, 2)
-        # the next run cleans up what the dead one left
-        write(out, overwrite=True)
-        assert siblings(out) == [] and state(out) == 1
-        if status == 0:
-            break
-        assert os.WTERMSIG(status) == signal.SIGKILL
-    assert status == 0 and len(outcomes) > 20
-    assert outcomes == sorted(outcomes) and set(outcomes) == {1, 2}
-
-
-def test_only_what_a_dead_writer_of_this_folder_left_is_removed(tmp_path):
-    out = tmp_path / "m"
-
-    def work():
-        with CheckpointWriter(out) as writer:
-            writer.add("a", torch.ones(1))
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    assert os.WTERMSIG(child(work)) == signal.SIGKILL
-    (left,) = siblings(out)
-    assert left.startswith(".m.brise-")
-    (tmp_path / ".m.other").mkdir()
-    (tmp_path / ".mm.brise-12345678").mkdir()
-    (tmp_path / ".m.brise-file").write_text("a file by that name")
-    live = AtomicFolder(out)
-    assert left not in siblings(out)
-    (live.path / "work").write_text("in progress")
-    write(out)
-    assert (live.path / "work").exists()
-    live.discard()
-    assert siblings(out) == [".m.brise-file", ".m.other", ".mm.brise-12345678"]
-
-
-# --- a disk that is full
-
-
-@pytest.mark.parametrize("limit", [0, 100, 700, 1300])
-def test_a_full_disk_leaves_nothing(tmp_path, limit):
-    """The system lets no file grow past a limit, met at the first tensor, in the shard, or anywhere between."""
-    out = tmp_path / "m"
-    write(out)
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-    largest = max(map(len, before.values()))
-    assert limit < largest
-
-    def work():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        with pytest.raises(OSError) as caught:
-            write(out, fill=2, overwrite=True)
-        assert caught.value.errno == errno.EFBIG
-
-    assert child(work) == 0
-    assert siblings(out) == []
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
