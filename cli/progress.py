@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 # seconds before anything is shown, and between two lines where stderr is no terminal
 DELAY = 1.0
@@ -31,7 +31,7 @@ class Bars:
         self._start = time.monotonic()
         self._last_line = 0.0
         self._last_stage = ""
-        self._stages: dict[str, int] = {}
+        self._stages: dict[str, TaskID] = {}
         self.visible = False
         self._closed = False
         self._timer = threading.Timer(DELAY, self._show)
