@@ -235,7 +235,7 @@ class BriseHfQuantizer(HfQuantizer):
                     new = nn.Embedding(n, k, module.padding_idx)
                 else:
                     new = nn.Linear(k, n, bias=False)
-                    new.bias = module.bias
+                    new.register_parameter("bias", module.bias)
             new.weight = weight
             replace_module(model, path, new.train(module.training))
         if self.ties:
