@@ -11,7 +11,9 @@ PACKAGES = ("quant", "model", "eval", "kernels", "cli")
 
 def main(folder: str) -> None:
     for name in EXTRAS:
-        assert importlib.util.find_spec(name) is None, f"{name} is here: this tells nothing about the core alone"
+        assert importlib.util.find_spec(name) is None, (
+            f"{name} is here: this tells nothing about the core alone"
+        )
     count = 0
     for package in PACKAGES:
         root = importlib.import_module(f"brise.{package}")
@@ -21,8 +23,9 @@ def main(folder: str) -> None:
             count += 1
     print(f"{count} modules imported without {', '.join(EXTRAS)}")
 
-    from brise.model.mistral import MistralForCausalLM
     from transformers import MistralConfig
+
+    from brise.model.mistral import MistralForCausalLM
 
     config = MistralConfig(
         vocab_size=64,
