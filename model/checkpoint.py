@@ -22,6 +22,7 @@ from .reader import CheckpointReader, read_json, resolve_source
 from .rope import MistralRotaryEmbedding
 from .safetensors_header import CheckpointError
 from .skeleton import (
+    UNFIT,
     check_depth,
     check_tensors,
     check_tied_copies,
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 REPORT = "quantization_report.json"
+GENERATION = "generation_config.json"
 
 
 def load_model(
@@ -94,10 +96,8 @@ def load_model(
         else:
             head.weight = source.weight
     _fill_buffers(model, device)
-    if (reader.folder / "generation_config.json").exists() and model.can_generate():
-        model.generation_config = GenerationConfig.from_dict(
-            read_json(reader.folder, "generation_config.json")
-        )
+    if (reader.folder / GENERATION).exists() and model.can_generate():
+        model.generation_config = _generation_config(reader.folder)
     model.config._name_or_path = str(folder)
     return model.eval()
 
@@ -153,12 +153,20 @@ def save_model(
     contents["tie_word_embeddings"] = bool(shared)
     extra = {} if report is None else {REPORT: json.dumps(report.to_dict(), indent=1) + "\n"}
     if model.can_generate() and model.generation_config is not None:
-        extra["generation_config.json"] = model.generation_config.to_json_string()
+        extra[GENERATION] = model.generation_config.to_json_string()
     with CheckpointWriter(folder, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
         for name, tensor in model.state_dict().items():
             if name.rpartition(".")[0] not in shared:
                 writer.add(name, tensor)
         return writer.finish(contents, copy_from, extra)
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    contents = read_json(folder, GENERATION)
+    try:
+        return GenerationConfig.from_dict(contents)
+    except UNFIT as error:
+        raise CheckpointError(f"{folder / GENERATION} has values that make no sense: {error}") from error
 
 
 def _assign(

@@ -27,6 +27,8 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
         "MistralModel",
     )
 }
+# what the values of a hostile config.json make transformers raise
+UNFIT = (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError, ArithmeticError)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -61,9 +63,10 @@ def empty_model(
         parsed = MistralConfig.from_dict({**config})
         with torch.device("meta"):
             model = CLASSES[names[0]]._from_config(parsed, dtype=dtype or parsed.dtype, **options)
-    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{where} describes no model that can be built: {error}") from error
-    except RuntimeError as error:  # torch: a size that overflows or is negative
+    except (
+        *UNFIT,
+        RuntimeError,
+    ) as error:  # torch has a RuntimeError for sizes that overflow or are negative
         raise CheckpointError(f"{where} describes no model that can be built: {error}") from error
     model.tie_weights()
     return model

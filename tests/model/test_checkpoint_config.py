@@ -131,6 +131,14 @@ def test_config_beyond_all_size(single):
     refused(single, "config.json", "larger than")
 
 
+@pytest.mark.parametrize(
+    "bad", [{"max_new_tokens": "x"}, {"compile_config": 5}, {"watermarking_config": 3}, []]
+)
+def test_generation_config_that_is_none(single, bad):
+    (single / "generation_config.json").write_text(json.dumps(bad))
+    refused(single, "generation_config.json")
+
+
 def test_ties_that_disagree(made, single, tmp_path):
     tied = Path(shutil.copytree(made / "tied", tmp_path / "tied"))
     good = (tied / "config.json").read_text()

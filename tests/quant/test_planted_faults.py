@@ -12,7 +12,7 @@ from brise.quant.config import QuantSpec
 from brise.quant.formats import FORMATS
 from brise.quant.gptq import gptq
 from brise.quant.integer import IntegerFormat
-from brise.quant.nf4 import CodebookFormat, codebook
+from brise.quant.nf4 import CodebookFormat, CodebookGrid, codebook
 from brise.quant.rtn import rtn
 
 from . import test_codebooks, test_double_quant, test_golden_weights, test_integers, test_packing, test_refine
@@ -158,6 +158,21 @@ def top_code_is_missing(patch: Patch) -> None:
     )
 
 
+def top_step_is_missing(patch: Patch) -> None:
+    plain = IntegerFormat.grid
+
+    def faulty(self, scale, zero=None):
+        grid = plain(self, scale, zero)
+        return dataclasses.replace(grid, most=grid.most - 1)
+
+    patch.setattr(IntegerFormat, "grid", faulty)
+
+
+def nearest_of_the_next_group(patch: Patch) -> None:
+    plain = CodebookGrid.nearest
+    patch.setattr(CodebookGrid, "nearest", lambda self, w, g: plain(self, w, (g + 1) % self.scale.shape[0]))
+
+
 def rounds_with_the_exact_scale(patch: Patch) -> None:
     patch.setitem(FORMATS, "int4", dataclasses.replace(FORMATS["int4"], codes_from_exact_scale=True))  # type: ignore[type-var]
 
@@ -298,7 +313,8 @@ FAULTS = [
     (compare_gptq("int3", static_groups=False), scales_from_the_original_weights),
     (compare_gptq("int3"), damping_is_left_out),
     (compare_gptq(scale_dtype="bfloat16"), codes_with_the_exact_scale),
-    (compare_gptq("int8"), top_code_is_missing),
+    (compare_gptq("int8"), top_step_is_missing),
+    (compare_gptq("nf4"), nearest_of_the_next_group),
     (compare_fit, scales_a_little_large),
     (compare_fit, half_of_the_hessian),
     (compare_descent, steps_are_carried_one_way),

@@ -100,12 +100,11 @@ configs = st.builds(
     QuantConfig,
     st.lists(st.builds(Rule, patterns, st.none() | specs()), min_size=1, max_size=4).map(tuple),
     st.builds(
-        Calibration,
+        lambda walk, **kw: Calibration(true_sequential=walk[0], target=walk[1], **kw),
+        walk=st.sampled_from([(True, "quantized"), (False, "quantized"), (True, "full")]),
         text=st.text("abc/. é", min_size=1, max_size=10),
         windows=st.integers(1, 10**6),
         length=st.integers(1, 10**6),
-        true_sequential=st.booleans(),
-        target=st.sampled_from(["quantized", "full"]),
     ),
 )
 
@@ -227,6 +226,7 @@ CONFIG_ERRORS: list[tuple[Any, str]] = [
     ({"rules": [NF4], "calibration": {"length": "1k"}}, "length must be a positive integer, got '1k'"),
     ({"rules": [NF4], "calibration": {"windows": True}}, "windows must be a positive integer, got True"),
     ({"rules": [NF4], "calibration": {"target": "both"}}, "target must be quantized or full, got 'both'"),
+    ({"rules": [NF4], "calibration": {"target": "full", "true_sequential": False}}, "in true-sequential order"),
     ({"rules": [NF4], "calibration": {"text": 3}}, "text must be a text by name or a file, got 3"),
     ({"rules": [NF4], "calibration": {"true_sequential": 1}}, "true_sequential must be true or false, got 1"),
 ]  # fmt: skip
