@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import layout, reference, tuning
-from .reference import BITS, CODEBOOKS, Weight
+from .codebooks import CODEBOOKS
+from .reference import BITS, Weight
 
 LAYOUTS = ("portable", "tiles", "cpu_int4")
 TENSORS = ("qweight", "scales", "zeros", "scales_absmax", "scales_offset", "scales_map", "g_idx")

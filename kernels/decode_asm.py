@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 
-from .reference import CODEBOOKS
+from .codebooks import CODEBOOKS
 
 # fp16: the high nibble sits 4 bits up, as 1024 + 16q: (1024 + 16q) / 16 - 72 = q - 8
 INT4_FP16 = """{

@@ -14,7 +14,7 @@ from . import tuning
 from .int8 import int8_dynamic_kernel, quantize_tokens_kernel
 from .layout import tiles_shape
 from .matmul import dequantize_kernel, matmul_kernel
-from .reference import CODEBOOKS
+from .codebooks import CODEBOOKS
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _locks: dict[tuple[torch.device, int], Tensor] = {}

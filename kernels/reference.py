@@ -22,28 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .codebooks import CODEBOOKS
+
 BITS = {"nf4": 4, "fp4": 4, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
 
-# NF4: QLoRA, arXiv:2305.14314, appendix E. FP4: sign, two exponent bits, one mantissa bit, as bitsandbytes
-# orders it.
-_NF4_LOW = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453)
-_NF4_MID = (-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0)
-_NF4_HIGH = (0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
-_NF4_TOP = (0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
-_FP4 = (
-    0.0,
-    0.0052083334885537624,
-    0.6666666865348816,
-    1.0,
-    0.3333333432674408,
-    0.5,
-    0.1666666716337204,
-    0.25,
-)
-CODEBOOKS: dict[str, tuple[float, ...]] = {
-    "nf4": _NF4_LOW + _NF4_MID + _NF4_HIGH + _NF4_TOP,
-    "fp4": _FP4 + tuple(-v for v in _FP4),
-}
 SCALE_BLOCK = 256
 
 

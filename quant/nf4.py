@@ -14,39 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..kernels.codebooks import FP4_VALUES, NF4_VALUES
+
 if TYPE_CHECKING:
     from .config import QuantSpec
-
-NF4_VALUES = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-_FP4_MAGNITUDES = (
-    0.0,
-    0.0052083334885537624,
-    0.6666666865348816,
-    1.0,
-    0.3333333432674408,
-    0.5,
-    0.1666666716337204,
-    0.25,
-)
-# code 8 is a second zero, and a positive one: bitsandbytes dequantizes it to +0.0
-FP4_VALUES = (*_FP4_MAGNITUDES, 0.0, *(-value for value in _FP4_MAGNITUDES[1:]))
 
 # bitsandbytes clamps absmax here before it takes the reciprocal, so that a zero block gives zeros, not NaN
 _SMALLEST_ABSMAX = 1e-38

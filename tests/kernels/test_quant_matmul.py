@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from brise.kernels import cpu, layout, ops, reference
+from brise.kernels import checks, cpu, layout, ops, reference
 from brise.kernels.budget import check_budget
 from brise.quant.config import QuantSpec
 from brise.quant.double_quant import dynamic_map
@@ -76,7 +76,7 @@ def test_a_weight_larger_than_a_block_is_decoded_piece_by_piece(monkeypatch):
         check_budget(ops.quant_matmul(x, w), x @ dense.float().T, x.double() @ dense.T, fmt)
         grad = torch.randn(5, 130)
         got = torch.ops.brise.__getattr__(f"{fmt}_matmul_backward")(
-            grad, *(w.tensors.get(name) for name in ops.TENSORS), 96, "portable"
+            grad, *(w.tensors.get(name) for name in checks.TENSORS), 96, "portable"
         )
         check_budget(got, grad @ dense.float(), grad.double() @ dense, fmt)
 
@@ -167,7 +167,7 @@ def test_the_gradient_through_torch_packed_int4_is_that_of_the_weight_it_holds()
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_opcheck(fmt):
     w, _ = packed(fmt, 24, 64, 32)
-    t = [w.tensors.get(name) for name in ops.TENSORS]
+    t = [w.tensors.get(name) for name in checks.TENSORS]
     x = torch.randn(3, 64, requires_grad=True)
     op = getattr(torch.ops.brise, f"{fmt}_matmul")
     torch.library.opcheck(op.default, (x, *t, torch.randn(24), 24, "portable", "auto", False))

@@ -1,0 +1,215 @@
+"""The products with quantized weights as torch custom ops: checked, with fakes and gradients to x.
+
+``impl`` chooses who computes: ``auto`` (by device and layout), ``reference`` (the plain oracle) or
+``triton``. Importing this module neither needs triton nor asks for a device.
+"""
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference, tuning
+from .checks import FLOATS, TENSORS, check_product, portable, runs_triton, same_device
+from .reference import BITS
+from .weights import PackedWeight, dense, weight_of
+
+
+def quant_matmul(
+    x: Tensor,
+    w: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    impl: str = "auto",
+    batch_invariant: bool = False,
+) -> Tensor:
+    """x [..., K] @ W^T (+ bias [N]) -> [..., N] in x's dtype, with a gradient to x (and to the bias).
+
+    Args:
+        batch_invariant: a row's bits do not depend on the other rows.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+    """
+    t = w.tensors
+    op = getattr(torch.ops.brise, f"{w.format}_matmul")
+    return op(x, *(t.get(name) for name in TENSORS), bias, w.shape[0], w.layout, impl, batch_invariant)
+
+
+def _product(
+    fmt: str, x: Tensor, t: tuple[Tensor | None, ...], bias, n, layout_name, impl, invariant
+) -> Tensor:
+    k = x.shape[-1]
+    check_product(x, fmt, n, k, layout_name, impl, dict(zip((*TENSORS, "bias"), (*t, bias))))
+    rows = x.reshape(-1, k)
+    if runs_triton(impl, layout_name, x):
+        from . import launch
+
+        if impl == "auto" and not invariant and rows.shape[0] > tuning.CROSSOVER[fmt]:
+            full = dense(fmt, layout_name, (n, k), x.dtype, *t)
+            out = torch.nn.functional.linear(rows, full, None if bias is None else bias.to(x.dtype))
+        else:
+            assert t[0] is not None and t[1] is not None
+            out = launch.matmul(rows, fmt, n, t[0], t[1], t[2], t[3], t[4], t[5], bias, invariant)
+    elif layout_name == "cpu_int4":
+        assert t[0] is not None and t[1] is not None
+        out = cpu.matmul_int4pack(rows, t[0], t[1], t[2], bias, invariant)
+    else:
+        w = weight_of(fmt, layout_name, (n, k), t)
+        if impl == "auto" or invariant:
+            out = cpu.matmul(rows, w, bias, invariant)
+        else:
+            out = reference.matmul(rows, w, bias)
+    return out.view(*x.shape[:-1], n)
+
+
+def _product_backward(
+    fmt: str, grad: Tensor, t: tuple[Tensor | None, ...], k: int, layout_name: str
+) -> Tensor:
+    n = grad.shape[-1]
+    rows = grad.reshape(-1, n)
+    if layout_name == "cpu_int4":
+        # the product with a unit matrix decodes it, a block of input channels at a time
+        out = torch.empty(rows.shape[0], k, dtype=grad.dtype, device=grad.device)
+        assert t[0] is not None and t[1] is not None
+        for start in range(0, k, 512):
+            unit = torch.zeros(min(512, k - start), k, dtype=torch.bfloat16)
+            unit[:, start : start + 512].fill_diagonal_(1)
+            out[:, start : start + 512] = rows @ cpu.matmul_int4pack(unit, t[0], t[1], t[2], None, False).T
+    elif grad.is_cuda:
+        out = rows @ dense(fmt, layout_name, (n, k), grad.dtype, *t)
+    else:
+        out = cpu.matmul_backward(rows, weight_of(fmt, layout_name, (n, k), t))
+    return out.view(*grad.shape[:-1], k)
+
+
+def _define(fmt: str) -> None:
+    """Register ``brise::<fmt>_matmul`` and its gradient to x."""
+
+    @torch.library.custom_op(f"brise::{fmt}_matmul", mutates_args=())
+    def matmul(
+        x: Tensor,
+        qweight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        scales_absmax: Tensor | None,
+        scales_offset: Tensor | None,
+        scales_map: Tensor | None,
+        g_idx: Tensor | None,
+        bias: Tensor | None,
+        n: int,
+        layout_name: str,
+        impl: str,
+        batch_invariant: bool,
+    ) -> Tensor:
+        t = (qweight, scales, zeros, scales_absmax, scales_offset, scales_map, g_idx)
+        return _product(fmt, x, t, bias, n, layout_name, impl, batch_invariant)
+
+    @torch.library.custom_op(f"brise::{fmt}_matmul_backward", mutates_args=())
+    def backward(
+        grad: Tensor,
+        qweight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        scales_absmax: Tensor | None,
+        scales_offset: Tensor | None,
+        scales_map: Tensor | None,
+        g_idx: Tensor | None,
+        k: int,
+        layout_name: str,
+    ) -> Tensor:
+        t = (qweight, scales, zeros, scales_absmax, scales_offset, scales_map, g_idx)
+        return _product_backward(fmt, grad, t, k, layout_name)
+
+    @matmul.register_fake
+    def _(
+        x,
+        qweight,
+        scales,
+        zeros,
+        absmax,
+        offset,
+        scales_map,
+        g_idx,
+        bias,
+        n,
+        layout_name,
+        impl,
+        batch_invariant,
+    ):
+        same_device(x, qweight)
+        return x.new_empty((*x.shape[:-1], n))
+
+    @backward.register_fake
+    def _(grad, qweight, scales, zeros, absmax, offset, scales_map, g_idx, k, layout_name):
+        return grad.new_empty((*grad.shape[:-1], k))
+
+    def setup(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:8])
+        ctx.k, ctx.layout_name = inputs[0].shape[-1], inputs[10]
+        ctx.bias_dtype = None if inputs[8] is None else inputs[8].dtype
+
+    def gradient(ctx, grad):
+        op = getattr(torch.ops.brise, f"{fmt}_matmul_backward")
+        dx = op(grad, *ctx.saved_tensors, ctx.k, ctx.layout_name) if ctx.needs_input_grad[0] else None
+        db = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[8] else None
+        return (dx, *(None,) * 7, db, *(None,) * 4)
+
+    matmul.register_autograd(gradient, setup_context=setup)
+
+
+for _fmt in BITS:
+    _define(_fmt)
+
+
+@torch.library.custom_op("brise::int8_dynamic_matmul", mutates_args=())
+def _int8_dynamic(
+    x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, threshold: float, impl: str
+) -> Tensor:
+    if x.dtype not in FLOATS[:3]:
+        raise TypeError(f"x must be float16, bfloat16 or float32, got {x.dtype}")
+    k = x.shape[-1]
+    w = portable("int8", (qweight.shape[0], k), qweight, scales)
+    if w.groups != 1:
+        raise ValueError(
+            f"int8 activations need one scale a row: scales [{w.shape[0]}, 1], got {list(scales.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (w.shape[0],):
+        raise ValueError(f"bias must be [{w.shape[0]}], got {list(bias.shape)}")
+    same_device(x, qweight)
+    if k > (2**31 - 1) // (127 * 128):
+        raise ValueError(f"K must be at most {(2**31 - 1) // (127 * 128)} for int32 sums, got {k}")
+    rows = x.reshape(-1, k)
+    if runs_triton(impl, "tiles", x):
+        from . import launch
+
+        outlier = reference.outlier_columns(rows, threshold).to(torch.uint8) if threshold > 0 else None
+        out = launch.int8_dynamic_matmul(rows, qweight, reference.scales(w)[:, 0].contiguous(), outlier, bias)
+    elif impl == "auto" and x.device.type == "cpu":
+        out = cpu.int8_dynamic_matmul(rows, w, bias, threshold)
+    else:
+        out = reference.int8_dynamic_matmul(rows, w, bias, threshold)
+    return out.view(*x.shape[:-1], w.shape[0])
+
+
+@_int8_dynamic.register_fake
+def _(x, qweight, scales, bias, threshold, impl):
+    same_device(x, qweight)
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+def int8_dynamic_matmul(
+    x: Tensor, w: PackedWeight, bias: Tensor | None = None, *, threshold: float = 0.0, impl: str = "auto"
+) -> Tensor:
+    """x [..., K] rounded to int8 a token, times int8 W^T -> [..., N] in x's dtype (no gradient).
+
+    Args:
+        w: int8, per channel, symmetric, in layout portable.
+        threshold: input channels with an activation this large in any row stay in floating point (LLM.int8
+            uses 6.0;
+            0: none). Which they are depends on the whole batch.
+    """
+    if w.format != "int8" or w.layout != "portable" or len(w.tensors) != 2:
+        got = f"{w.format} in layout {w.layout} with {', '.join(w.tensors)}"
+        raise ValueError(f"needs a portable int8 weight with qweight and float scales only, got {got}")
+    return torch.ops.brise.int8_dynamic_matmul(
+        x, w.tensors["qweight"], w.tensors["scales"], bias, threshold, impl
+    )
