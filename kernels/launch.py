@@ -17,7 +17,7 @@ from .matmul import dequantize_kernel, matmul_kernel
 from .codebooks import CODEBOOKS
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_locks: dict[tuple[torch.device, int], Tensor] = {}
+_locks: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def interpreting() -> bool:
@@ -43,15 +43,20 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _counters(device: torch.device, count: int) -> Tensor:
-    """Arrival counters, zero between launches: the last program of each tile resets its own. One set a
-    stream."""
+def counters(device: torch.device, count: int) -> Tensor:
+    """Arrival counters, zero between launches: the last program of each tile resets its own. One set a stream.
+
+    A CUDA graph keeps the addresses it was captured with, so a set that has become too small is kept as well. A graph
+    whose stream was not warmed up gets a set of its own, zeroed at every replay.
+    """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    counters = _locks.get((device, stream))
-    if counters is None or counters.numel() < count:
-        counters = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        _locks[device, stream] = counters
-    return counters
+    sets = _locks.setdefault((device, stream), [])
+    if sets and sets[-1].numel() >= count:
+        return sets[-1]
+    fresh = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        sets.append(fresh)
+    return fresh
 
 
 def _plane_bytes(fmt: str, n: int, k: int) -> int:
@@ -88,7 +93,7 @@ def matmul(
     work = locks = y
     if split > 1:
         work = torch.empty(blocks_n * blocks_m * split * config.bn * config.bm, device=x.device)
-        locks = _counters(x.device, blocks_n * blocks_m)
+        locks = counters(x.device, blocks_n * blocks_m)
     asm = _use_asm(x.device, x.dtype)
     book = _codebook(fmt, x.device) if fmt in CODEBOOKS else scales
     matmul_kernel[(blocks_n * blocks_m, split)](
