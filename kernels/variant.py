@@ -11,7 +11,8 @@ class Variant:
     """One kernel with its compile-time arguments, as it is launched.
 
     ``types`` names every run-time argument and its type; those in ``divisible`` are multiples of 16.
-    ``weights`` is the number of weights a step decodes, 0 for kernels that decode none.
+    ``weights`` is the number of weights a step decodes, 0 for kernels that decode none. ``arches`` are those it is
+    launched on: a configuration for the shared memory of sm_90 need not fit sm_80.
     """
 
     name: str
@@ -23,3 +24,4 @@ class Variant:
     divisible: tuple[str, ...] = ()
     weights: int = 0
     needs: tuple[str, ...] = field(default=())
+    arches: tuple[int, ...] = (80, 90)
