@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from ..quant.apply import Report, find_targets, tie_quantized
 from ..quant.config import QuantConfig
 from ..quant.linear import QuantEmbedding, QuantLinear
+from .foreign.reader import open_checkpoint
 from .quantization_entry import entry_of, quantization_entry, read_entry
 from .reader import CheckpointReader, read_json, resolve_source
 from .rope import MistralRotaryEmbedding
@@ -74,7 +75,7 @@ def load_model(
         CheckpointError: the folder cannot be read (:class:`.CheckpointReader`), is no Mistral, was quantized
             by another library, or its config and its tensors disagree.
     """
-    reader = CheckpointReader(resolve_source(folder))
+    reader = open_checkpoint(resolve_source(folder))
     where = str(reader.folder / "config.json")
     target = dtype or stored_dtype(reader)
     entry = reader.config.get("quantization_config")
@@ -197,6 +198,7 @@ def _shared_heads(model: nn.Module) -> set[str]:
         leaf = "qweight" if isinstance(module, QuantLinear | QuantEmbedding) else "weight"
         if isinstance(module, QuantLinear | QuantEmbedding | nn.Linear | nn.Embedding):
             weight = getattr(module, leaf)
-            if owners.setdefault((leaf, weight.data_ptr()), path) != path:
+            # a weight that lies packed in the place of its stored form is no other's
+            if weight is not None and owners.setdefault((leaf, weight.data_ptr()), path) != path:
                 shared.add(path)
     return shared

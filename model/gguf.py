@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .gguf_header import check_header
 from .gguf_tokenizer import save_tokenizer
 
 Progress = Callable[[int, int], None]
@@ -85,8 +86,9 @@ def open_gguf(path: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no GGUF file at {path}")
     try:
+        check_header(path, {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()})
         return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
         raise GGUFError(
             f"{path} cannot be read as a GGUF file ({error}); is the download complete?"
         ) from error
@@ -228,10 +230,19 @@ def dequantize_tensor(stored: Any, heads: int = 0) -> Tensor:
         ) from error
     # a copy in any case: the reader's memory is a read-only map of the file
     tensor = torch.from_numpy(values.astype("float32", copy=True))
-    if heads:
-        rows, width = tensor.shape
-        tensor = tensor.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
-    return tensor
+    return in_order(tensor, heads) if heads else tensor
+
+
+def in_order(rows: Tensor, heads: int) -> Tensor:
+    """Rows [N, ...] of Q or K as GGUF has them, the halves of each head interleaved, in Hugging Face's order."""
+    count = rows.shape[0]
+    return rows.unflatten(0, (heads, count // heads // 2, 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Inverse of :func:`in_order`."""
+    count = rows.shape[0]
+    return rows.unflatten(0, (heads, 2, count // heads // 2)).transpose(1, 2).reshape(rows.shape)
 
 
 def convert_gguf(

@@ -1,0 +1,155 @@
+"""What an export will do to every weight, known before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from ...quant.config import QuantSpec
+from ...quant.interop.restate import Unfit, check_restate
+from ...quant.tensor import Shape
+from ..reader import CheckpointReader
+from .formats import Admitting, ForeignFormat, WeightWriter
+from .reader import ForeignReader, quantized, specs_of
+
+
+class Verdict(StrEnum):
+    """What becomes of one weight."""
+
+    EXACT = "exact"  # the same codes, the same scales
+    ROUNDED = "scales rounded"  # the same codes, scales in another dtype
+    DECODED = "decoded"  # an embedding or head, which the format cannot hold, in the model's dtype
+    REQUANTIZED = "re-quantized"  # new codes: the grid is another one
+
+
+@dataclass(frozen=True)
+class Step:
+    """One weight of an export. ``target`` is its spec in the new format; ``rounding`` the largest relative change
+    of a scale (or of a weight, where it is decoded); ``why`` says what stands in the way of more."""
+
+    path: str
+    shape: Shape
+    verdict: Verdict
+    spec: QuantSpec | None
+    target: QuantSpec | None
+    rounding: float = 0.0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of an export: one step a weight that is quantized before or after it."""
+
+    format: str
+    steps: tuple[Step, ...]
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the new folder holds the same function, bit for bit in float32."""
+        return all(
+            s.verdict == Verdict.EXACT or (s.verdict == Verdict.DECODED and not s.rounding)
+            for s in self.steps
+        )
+
+    @property
+    def rounding(self) -> float:
+        """The largest relative change of a scale."""
+        return max((s.rounding for s in self.steps if s.verdict == Verdict.ROUNDED), default=0.0)
+
+    def of(self, verdict: Verdict) -> list[Step]:
+        return [step for step in self.steps if step.verdict == verdict]
+
+    def describe(self) -> str:
+        """In one sentence: lossless, rounded and by how much, or what has to be quantized again and why."""
+        if again := self.of(Verdict.REQUANTIZED):
+            why = Counter(step.why for step in again).most_common(1)[0][0]
+            return (
+                f"to {self.format}: {len(again)} of {len(self.steps)} weights need re-quantization, the first "
+                f"{again[0].path}: {why}"
+            )
+        kept = "" if not self.of(Verdict.DECODED) else f", {len(self.of(Verdict.DECODED))} of them decoded"
+        if self.lossless:
+            return f"to {self.format}: lossless, {len(self.steps)} weights{kept}"
+        parts = []
+        if self.rounding:
+            parts.append(f"scales are rounded by up to {self.rounding:.2e} of themselves")
+        decoded = max((s.rounding for s in self.of(Verdict.DECODED)), default=0.0)
+        if decoded:
+            parts.append(f"decoded weights are rounded by up to {decoded:.2e}")
+        return f"to {self.format}: codes are kept, {' and '.join(parts)} ({len(self.steps)} weights{kept})"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": self.format,
+            "lossless": self.lossless,
+            "scale_rounding": self.rounding,
+            "verdicts": dict(Counter(step.verdict.value for step in self.steps)),
+            "summary": self.describe(),
+        }
+
+
+def in_block(path: str) -> bool:
+    """Whether a module belongs to a decoder block: some part of its path is a number."""
+    return any(part.isdigit() for part in path.split("."))
+
+
+def make_plan(reader: CheckpointReader, format: ForeignFormat, dtype: str) -> Plan:
+    """Look at every weight's spec, scales and zero points, and say what the format makes of it.
+
+    Args:
+        dtype: of the model, by torch's name.
+    """
+    writer = format.weight(dtype)
+    specs = {path: spec for path, spec in specs_of(reader).items() if f"{path}.qweight" in reader.names}
+    steps = [_step(reader, format, writer, path, spec, dtype) for path, spec in specs.items()]
+    decoded = reader.decoded if isinstance(reader, ForeignReader) else []
+    for path in _dense(reader, decoded if specs or decoded else None):
+        rows, width = reader.info(f"{path}.weight")[1]
+        why = "its blocks have no spec here" if path in decoded else "it is not quantized"
+        steps.append(Step(path, (rows, width), Verdict.REQUANTIZED, None, None, 0.0, why))
+    fresh = format.fresh_for({s.shape[1] for s in steps if s.verdict == Verdict.REQUANTIZED})
+    return Plan(
+        format.name,
+        tuple(dataclasses.replace(s, target=fresh) if s.verdict == Verdict.REQUANTIZED else s for s in steps),
+    )
+
+
+def _step(
+    reader: CheckpointReader,
+    format: ForeignFormat,
+    writer: WeightWriter,
+    path: str,
+    spec: QuantSpec,
+    dtype: str,
+) -> Step:
+    q = quantized(reader, path, spec)
+    if not in_block(path):
+        rounding = 0.0 if dtype == "float32" else torch.finfo(getattr(torch, dtype)).eps / 2
+        why = f"{format.title} holds no quantized embedding or head"
+        return Step(path, q.shape, Verdict.DECODED, spec, None, rounding, why)
+    try:
+        target = writer.target(spec, q.shape)
+        how = check_restate(q, target)
+        rounding = how.rounding
+        if isinstance(writer, Admitting):
+            rounding = max(rounding, writer.admit(how.params))
+    except Unfit as error:
+        return Step(path, q.shape, Verdict.REQUANTIZED, spec, None, 0.0, str(error))
+    verdict = Verdict.ROUNDED if rounding else Verdict.EXACT
+    return Step(path, q.shape, verdict, spec, target, rounding)
+
+
+def _dense(reader: CheckpointReader, only: list[str] | None) -> list[str]:
+    """The Linears of the blocks whose weights are not quantized; of a quantized source only those named."""
+    if only is not None:
+        return [path for path in only if in_block(path)]
+    return [
+        name.removesuffix(".weight")
+        for name in reader.names
+        if name.endswith(".weight") and in_block(name) and len(reader.info(name)[1]) == 2
+    ]
