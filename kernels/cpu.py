@@ -7,7 +7,7 @@ and int2 look up four weights at a time (nf4 in a table of 65536: 0.6 ns a weigh
 of single codes 1.5); 4-bit integers are never interleaved, the even and the odd channels are two products;
 and uint8 -> float copies run at 0.2 ns a weight where uint8 -> int32 takes 2. int4 under bf16 activations
 uses torch's packed int4 product, which is an order of magnitude faster still (in fp32 and fp16 that
-operator is scalar code and is not used).
+operator is scalar code and is not used), and int8 its int8 product.
 """
 
 from __future__ import annotations
@@ -24,18 +24,26 @@ from .reference import Weight
 _BLOCK = 1 << 20
 # from this many rows on the product, not the decoding, takes the time: bf16 tiles pay where the chip has them
 _MANY_ROWS = 32
+# input channels from which int4 is two products
+_WIDE = 256
+# rows up to which torch's int8 product is faster than decoding the weight once for all of them
+_INT8PACK_ROWS = 16
 _QUAD_BITS = ("nf4", "fp4", "int3", "int2")
 INT4PACK_GROUPS = (32, 64, 128, 256)
+# rows up to which torch's packed int4 product is faster than decoding the weight once for all of them
+INT4PACK_ROWS = 32
 
 
 def matmul(x: Tensor, w: Weight, bias: Tensor | None = None, batch_invariant: bool = False) -> Tensor:
     """x [M, K] @ W^T (+ bias) -> [M, N] in x's dtype; sums in fp32, or in x's dtype's own product for many
     rows."""
     rows, (n, width) = x.shape[0], w.shape
+    if _takes_int8pack(x, w, batch_invariant):
+        return _int8pack(x, w, bias, batch_invariant)
     step = max(1, _BLOCK // max(1, width))
     tiles = x.dtype == torch.bfloat16 and rows >= _MANY_ROWS and not batch_invariant and _has_bf16_tiles()
     work = torch.bfloat16 if tiles else _work_dtype(x.dtype)
-    inputs = _Inputs(x.to(work), w, batch_invariant)
+    inputs = _Inputs(x.to(work), w, min(step, n), batch_invariant)
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     scale, zero = _parameters(w)
     for start in range(0, n, step):
@@ -45,6 +53,26 @@ def matmul(x: Tensor, w: Weight, bias: Tensor | None = None, batch_invariant: bo
             result = result + bias[part].to(result.dtype)
         out[:, part] = result
     return out
+
+
+def _takes_int8pack(x: Tensor, w: Weight, batch_invariant: bool) -> bool:
+    """Whether torch's int8 product is the one: bf16, one scale a row, few rows, whole vectors (it checks no edges)."""
+    plain = w.format == "int8" and w.groups == 1 and w.zeros is None and w.g_idx is None
+    whole = w.shape[0] % 64 == 0 and w.shape[1] % 64 == 0
+    few = x.shape[0] > 0 and (batch_invariant or x.shape[0] <= _INT8PACK_ROWS)
+    return plain and whole and few and x.dtype == torch.bfloat16 and _has_vectors()
+
+
+def _int8pack(x: Tensor, w: Weight, bias: Tensor | None, batch_invariant: bool) -> Tensor:
+    """bf16 x [M, K] times int8 W; the scales, which that operator takes in bf16 only, are multiplied after it."""
+    codes = (w.qweight ^ 128).view(torch.int8)
+    ones = torch.ones(w.shape[0], dtype=x.dtype)
+    parts = x.contiguous().split(1 if batch_invariant else x.shape[0])
+    out = torch.cat([torch._weight_int8pack_mm(part, codes, ones) for part in parts]).float()
+    out *= reference.scales(w)[:, 0]
+    if bias is not None:
+        out += bias.float()
+    return out.to(x.dtype)
 
 
 def matmul_backward(grad: Tensor, w: Weight) -> Tensor:
@@ -81,6 +109,11 @@ def dequantize_rows(w: Weight, part: slice, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=1)
+def _has_vectors() -> bool:
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+@lru_cache(maxsize=1)
 def _has_bf16_tiles() -> bool:
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(probe()) if probe is not None else False
@@ -104,33 +137,49 @@ def _group_index(w: Weight) -> Tensor:
 
 
 class _Inputs:
-    """The activations, arranged once, and how a block of rows is decoded and multiplied."""
+    """The activations, arranged once, and how a block of at most ``step`` rows is decoded and multiplied.
 
-    def __init__(self, x: Tensor, w: Weight, one_by_one: bool) -> None:
+    Codes and values of every block go into the same memory: fresh pages for each took as long as the decoding.
+    """
+
+    def __init__(self, x: Tensor, w: Weight, step: int, one_by_one: bool) -> None:
         self.w, self.one_by_one = w, one_by_one
         width, group = w.shape[1], w.shape[1] // w.groups
         fast = w.g_idx is None and x.dtype != torch.float64
         self.middle = 0 if w.format in reference.CODEBOOKS else 1 << (reference.BITS[w.format] - 1)
         self.quads = fast and w.format in _QUAD_BITS and width % (8 if w.format == "int3" else 4) == 0
-        self.halves = fast and w.format == "int4" and group % 2 == 0
+        # not for narrow weights: the library's shortest products round more than one of twice the length
+        self.halves = fast and w.format == "int4" and group % 2 == 0 and width >= _WIDE
         self.bytes = fast and w.format == "int8"
         # the channels of one product each: int4 keeps even and odd ones apart
         self.xs = [x[:, 0::2].contiguous(), x[:, 1::2].contiguous()] if self.halves else [x]
+        if self.quads:
+            self.words = torch.empty(step * width // 4, dtype=torch.int32)
+            self.values = torch.empty(2 * self.words.numel(), dtype=torch.float64).view(torch.complex128)
+        elif self.halves or self.bytes:
+            self.codes = torch.empty(step, width // 2 if self.halves else width, dtype=torch.uint8)
+            self.floats = torch.empty(self.codes.shape)
 
     def multiply(self, part: slice, scale: Tensor, zero: Tensor | None) -> Tensor:
-        w, x = self.w, self.xs[0]
-        codes = w.qweight[part]
+        w, x, rows = self.w, self.xs[0], part.stop - part.start
+        stored = w.qweight[part]
         if self.quads:
-            values = torch.index_select(_quads(w.format), 0, _words(codes, w.format)).view(torch.float32)
-            return self._linear(x, self._scaled(values, scale, zero))
+            words = _words(stored, w.format, self.words)
+            values = torch.index_select(_quads(w.format), 0, words, out=self.values[: words.numel()])
+            return self._linear(x, self._scaled(values.view(torch.float32), scale, zero))
+        if self.bytes or self.halves:
+            codes, floats = self.codes[:rows], self.floats[:rows]
+            signed = codes.view(torch.int8)
         if self.bytes:
-            return self._linear(
-                x, self._scaled((codes ^ 128).view(torch.int8).to(torch.float32), scale, zero)
-            )
+            torch.bitwise_xor(stored, 128, out=codes)
+            return self._linear(x, self._scaled(floats.copy_(signed), scale, zero))
         if self.halves:
-            low, high = (codes & 15).view(torch.int8).sub_(8), (codes >> 4).view(torch.int8).sub_(8)
-            even = self._linear(x, self._scaled(low.to(torch.float32), scale, zero))
-            return even + self._linear(self.xs[1], self._scaled(high.to(torch.float32), scale, zero))
+            torch.bitwise_and(stored, 15, out=codes)
+            even = self._linear(x, self._scaled(floats.copy_(signed.sub_(8)), scale, zero))
+            torch.bitwise_right_shift(stored, 4, out=codes)
+            return even.add_(
+                self._linear(self.xs[1], self._scaled(floats.copy_(signed.sub_(8)), scale, zero))
+            )
         return self._linear(x, dequantize_rows(w, part, x.dtype))
 
     def _scaled(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -151,14 +200,13 @@ class _Inputs:
         return torch.nn.functional.linear(x, weight)
 
 
-def _words(codes: Tensor, fmt: str) -> Tensor:
-    """Packed codes uint8 [R, B] -> int32 [R*B*8/(4*bits)], each the bits of four neighbouring codes."""
-    if fmt == "int2":
-        return codes.flatten().to(torch.int32)
+def _words(codes: Tensor, fmt: str, out: Tensor) -> Tensor:
+    """Packed codes uint8 [R, B] -> int32 [R*B*8/(4*bits)] in ``out``, each the bits of four neighbouring codes."""
     if fmt == "int3":
         first, middle, last = codes.view(-1, 3).to(torch.int32).unbind(1)
         return torch.stack([first | ((middle & 15) << 8), (middle >> 4) | (last << 4)], dim=1).flatten()
-    return codes.view(torch.uint16).to(torch.int32).flatten()
+    words = codes.flatten() if fmt == "int2" else codes.view(torch.uint16).flatten()
+    return out[: words.numel()].copy_(words)
 
 
 @lru_cache(maxsize=8)

@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .codebooks import CODEBOOKS
 from .int8 import int8_dynamic_kernel, quantize_tokens_kernel
 from .layout import tiles_shape
 from .matmul import dequantize_kernel, matmul_kernel
-from .codebooks import CODEBOOKS
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _locks: dict[tuple[torch.device, int], list[Tensor]] = {}
@@ -34,6 +34,15 @@ def _use_asm(device: torch.device, dtype: torch.dtype) -> bool:
 @lru_cache(maxsize=16)
 def _codebook(fmt: str, device: torch.device) -> Tensor:
     return torch.tensor(CODEBOOKS[fmt], dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=16)
+def architecture(device: torch.device) -> str | None:
+    """As "sm_90"; None where it is no NVIDIA GPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 @lru_cache(maxsize=16)
@@ -77,15 +86,18 @@ def matmul(
     scale_map: Tensor | None,
     bias: Tensor | None,
     batch_invariant: bool,
+    config: tuning.MatmulConfig | None = None,
 ) -> Tensor:
-    """x [M, K] (any strides) times a tiled weight [N, K] -> [M, N]."""
+    """x [M, K] (any strides) times a tiled weight [N, K] -> [M, N]; by ``config`` rather than by the tables."""
     m, k = x.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m == 0 or n == 0:
         return y
     groups = scales.shape[0]
     group = 0 if groups == 1 else k // groups
-    config = tuning.MATMUL_INVARIANT if batch_invariant else tuning.by_tokens(tuning.MATMUL, m)
+    if config is None:
+        table = tuning.matmul_table(fmt, architecture(x.device))
+        config = tuning.MATMUL_INVARIANT if batch_invariant else tuning.by_tokens(table, m)
     bk = tuning.block_k(config, group)
     blocks_n, blocks_m = triton.cdiv(n, config.bn), triton.cdiv(m, config.bm)
     blocks_for_split = 1 if batch_invariant else blocks_m

@@ -43,7 +43,8 @@ def _product(
     if runs_triton(impl, layout_name, x):
         from . import launch
 
-        if impl == "auto" and not invariant and rows.shape[0] > tuning.CROSSOVER[fmt]:
+        most = tuning.crossover(fmt, launch.architecture(x.device))
+        if impl == "auto" and not invariant and rows.shape[0] > most:
             full = dense(fmt, layout_name, (n, k), x.dtype, *t)
             out = torch.nn.functional.linear(rows, full, None if bias is None else bias.to(x.dtype))
         else:
@@ -52,12 +53,18 @@ def _product(
     elif layout_name == "cpu_int4":
         assert t[0] is not None and t[1] is not None
         out = cpu.matmul_int4pack(rows, t[0], t[1], t[2], bias, invariant)
+    elif impl == "reference" and not invariant:
+        out = reference.matmul(rows, weight_of(fmt, layout_name, (n, k), t), bias)
+    elif x.is_cpu:
+        out = cpu.matmul(rows, weight_of(fmt, layout_name, (n, k), t), bias, invariant)
     else:
-        w = weight_of(fmt, layout_name, (n, k), t)
-        if impl == "auto" or invariant:
-            out = cpu.matmul(rows, w, bias, invariant)
-        else:
-            out = reference.matmul(rows, w, bias)
+        full = dense(fmt, layout_name, (n, k), x.dtype, *t)
+        added = None if bias is None else bias.to(x.dtype)
+        parts = [
+            torch.nn.functional.linear(row, full, added)
+            for row in rows.split(1 if invariant else max(1, rows.shape[0]))
+        ]
+        out = torch.cat(parts)
     return out.view(*x.shape[:-1], n)
 
 

@@ -1,13 +1,18 @@
-"""Launch configurations as data: which block sizes, by architecture, op and number of tokens. Asks no GPU
-anything.
+"""Launch configurations of the matrix products as data, by architecture, format and tokens. Asks no GPU anything.
 
-Every entry compiles for sm_80 and sm_90 without spills (kernels/compile.py); none has been timed on a GPU
-yet, so the crossovers to dequantize + library product are estimates, marked as such.
+Every entry here compiles for sm_80 and sm_90 without spills (kernels/compile.py); none has been timed on a GPU
+yet, so the crossovers to dequantize + library product are estimates, marked as such. What ``brise bench gpu``
+finds on a GPU goes into a file ``tuned/<architecture>.json`` beside this one, which then has precedence.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,34 +26,61 @@ class MatmulConfig:
     stages: int = 3
 
 
+Table = tuple[tuple[int, MatmulConfig], ...]
+ALL = 1 << 62
+
 # tokens up to which an entry serves; the last serves all
-MATMUL: tuple[tuple[int, MatmulConfig], ...] = (
+MATMUL: Table = (
     (16, MatmulConfig(16)),
     (32, MatmulConfig(32)),
-    (1 << 62, MatmulConfig(64)),
+    (ALL, MatmulConfig(64)),
 )
+# what is tried on a GPU for each entry of a table, by its tokens
+CANDIDATES: dict[int, tuple[MatmulConfig, ...]] = {
+    16: (
+        MatmulConfig(16),
+        MatmulConfig(16, stages=4),
+        MatmulConfig(16, stages=5),
+        MatmulConfig(16, bk=64, stages=5),
+        MatmulConfig(16, bn=128, warps=4),
+        MatmulConfig(16, bn=128, warps=8),
+    ),
+    32: (
+        MatmulConfig(32),
+        MatmulConfig(32, stages=4),
+        MatmulConfig(32, bn=128, warps=8),
+    ),
+    ALL: (
+        MatmulConfig(64),
+        MatmulConfig(64, stages=4),
+        MatmulConfig(64, bn=128, warps=8),
+        MatmulConfig(128, bn=128, warps=8),
+    ),
+}
 # one configuration whatever the number of tokens, so that a row never depends on its neighbours
 MATMUL_INVARIANT = MatmulConfig(16)
-INT8_DYNAMIC: tuple[tuple[int, MatmulConfig], ...] = (
+INT8_DYNAMIC: Table = (
     (16, MatmulConfig(16)),
     (64, MatmulConfig(64)),
-    (1 << 62, MatmulConfig(128, bn=128, warps=8)),
+    (ALL, MatmulConfig(128, bn=128, warps=8)),
 )
 # two accumulators: wider blocks than these spill
-INT8_OUTLIERS: tuple[tuple[int, MatmulConfig], ...] = (
+INT8_OUTLIERS: Table = (
     (16, MatmulConfig(16)),
-    (1 << 62, MatmulConfig(32, bn=128, warps=8)),
+    (ALL, MatmulConfig(32, bn=128, warps=8)),
 )
 
 # tokens above which dequantize + library product is used; estimates (no GPU has timed them)
 CROSSOVER = {"int4": 256, "nf4": 128, "fp4": 128, "int8": 256, "int3": 64, "int2": 64}
+
+_TUNED = Path(__file__).parent / "tuned"
 
 # multiprocessors assumed where the device does not say (an H100 or H200 has 132)
 MULTIPROCESSORS = 132
 MAX_SPLIT = 8
 
 
-def by_tokens(table: tuple[tuple[int, MatmulConfig], ...], tokens: int) -> MatmulConfig:
+def by_tokens(table: Table, tokens: int) -> MatmulConfig:
     """The entry that serves this many tokens."""
     return next(config for limit, config in table if tokens <= limit)
 
@@ -69,3 +101,82 @@ def splits(n: int, k: int, blocks_m: int, config: MatmulConfig, bk: int, multipr
     programs = -(-n // config.bn) * blocks_m
     steps = -(-k // bk)
     return max(1, min(MAX_SPLIT, 2 * multiprocessors // programs, steps // 4))
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found on one architecture: tables and crossovers by format; a format left out has those above."""
+
+    matmul: dict[str, Table] = field(default_factory=dict)
+    crossover: dict[str, int] = field(default_factory=dict)
+    # where it was found: device, versions
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        tables = {
+            fmt: [[limit, dataclasses.asdict(config)] for limit, config in table]
+            for fmt, table in self.matmul.items()
+        }
+        document = {"origin": self.origin, "crossover": self.crossover, "matmul": tables}
+        return json.dumps(document, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Tuned:
+        """Raises ValueError for a table that does not serve every number of tokens."""
+        data = json.loads(text)
+        tables = {
+            fmt: tuple((int(limit), MatmulConfig(**config)) for limit, config in table)
+            for fmt, table in data["matmul"].items()
+        }
+        for fmt, table in tables.items():
+            limits = [limit for limit, _ in table]
+            if limits != sorted(limits) or not limits or limits[-1] != ALL:
+                raise ValueError(f"the table of {fmt} must end with {ALL} tokens, its limits are {limits}")
+        return cls(tables, data["crossover"], data["origin"])
+
+
+@lru_cache(maxsize=8)
+def _committed(arch: str) -> Tuned:
+    file = _TUNED / f"{arch}.json"
+    return Tuned.from_json(file.read_text()) if file.exists() else Tuned()
+
+
+_in_use: dict[str, Tuned] = {}
+
+
+def use(arch: str, found: Tuned | None) -> None:
+    """Have this process launch by ``found`` on an architecture; None: by what is committed again."""
+    if found is None:
+        _in_use.pop(arch, None)
+    else:
+        _in_use[arch] = found
+
+
+def tuned(arch: str | None) -> Tuned:
+    """What holds for an architecture, as "sm_90"; nothing for one that was never timed, and for None."""
+    if arch is None:
+        return Tuned()
+    return _in_use[arch] if arch in _in_use else _committed(arch)
+
+
+def matmul_table(fmt: str, arch: str | None = None) -> Table:
+    """The launches of a format's product by tokens."""
+    return tuned(arch).matmul.get(fmt, MATMUL)
+
+
+def crossover(fmt: str, arch: str | None = None) -> int:
+    """Tokens above which the weight is decoded first and the library multiplies."""
+    return tuned(arch).crossover.get(fmt, CROSSOVER[fmt])
+
+
+def tuned_configs() -> list[tuple[str, MatmulConfig]]:
+    """(format, launch) of every committed table, without those of :data:`MATMUL`."""
+    usual = {config for _, config in MATMUL}
+    found = {
+        (fmt, config): None
+        for file in sorted(_TUNED.glob("*.json"))
+        for fmt, table in _committed(file.stem).matmul.items()
+        for _, config in table
+        if config not in usual
+    }
+    return list(found)

@@ -19,6 +19,8 @@ def _matmul(fmt: str, group: int, dtype: str, config: tuning.MatmulConfig, **cha
     bk = tuning.block_k(config, group)
     marks = [key.lower() for key in ("ZERO", "DOUBLE", "BIAS") if options[key]]
     marks += ["split"] * (options["SPLIT"] > 1) + ["ragged"] * (not options["EVEN"])
+    if all(config != usual for _, usual in tuning.MATMUL):
+        marks.append(f"n{config.bn}k{config.bk}w{config.warps}s{config.stages}")
     name = "-".join(["matmul", fmt, f"g{group}" if group else "row", dtype, f"m{config.bm}", *marks])
     pointer = "*" + dtype
     scale = "*u8" if options["DOUBLE"] else "*fp32" if fmt in ("nf4", "fp4") else "*fp16"
@@ -57,6 +59,9 @@ def matmul_variants() -> list[Variant]:
     out += [_matmul("int8", 0, dtype, one) for dtype in ("fp16", "bf16")]
     out += [_matmul("int8", 0, "fp16", config) for config in configs[1:]]
     out += [_matmul(fmt, 64, dtype, one) for fmt in ("int3", "int2") for dtype in ("fp16", "bf16")]
+    groups = {"int4": 128, "int8": 0}
+    for fmt, config in tuning.tuned_configs():
+        out += [_matmul(fmt, groups.get(fmt, 64), dtype, config) for dtype in ("fp16", "bf16")]
     return out
 
 

@@ -5,13 +5,24 @@ Their buffers carry exactly the names of :func:`brise.quant.tensor.layout`, so a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from ..kernels.checks import TENSORS
+from ..kernels.cpu import INT4PACK_ROWS
+from ..kernels.ops import PackedWeight, pack_weight, quant_matmul, unpack_weight
 from .config import QuantSpec
+from .double_quant import dynamic_map
 from .formats import FORMATS
 from .packing import unpack_codes
 from .tensor import Params, QuantizedTensor, layout
+
+# prefix of the buffers that hold a weight in the layout of the kernels; they are never saved
+_PACKED = "packed_"
 
 
 class _Quantized(nn.Module):
@@ -63,7 +74,18 @@ class _Quantized(nn.Module):
 class QuantLinear(_Quantized):
     """y = x W^T + b with a quantized W [out_features, in_features]; a drop-in for nn.Linear in the forward pass.
 
+    The products are those of :mod:`brise.kernels.ops`. Before the first one (and the first after a move) the
+    weight is re-packed into the layout that is fastest for its device and the dtype of x. What is saved is always
+    the portable form, to the bit. On a GPU the packed form takes its place in memory, and ``quantized()`` and
+    ``state_dict()`` undo it; torch's packed int4 of a CPU cannot be undone and lies beside it, half a byte a weight
+    more. A stored tensor is replaced by assigning it: one that is changed in place after a product is not seen.
+
     The gradient flows to x (adapters train on top); the codes are fixed.
+
+    Attributes:
+        batch_invariant: a row of y does not depend, in any bit, on the other rows of x; see :func:`batch_invariant`.
+        tied: the stored tensors are those of an embedding as well, which reads them as they are: they stay.
+        layout: of the packed form, one of :data:`brise.kernels.checks.LAYOUTS`; "portable" where there is none.
     """
 
     def __init__(
@@ -78,6 +100,12 @@ class QuantLinear(_Quantized):
         self.in_features = in_features
         self.out_features = out_features
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+        self.batch_invariant = False
+        self.tied = False
+        self.layout = "portable"
+        self._prepared: tuple[torch.dtype, ...] = ()
+        for name in TENSORS:
+            self.register_buffer(_PACKED + name, None, persistent=False)
 
     @classmethod
     def from_quantized(cls, q: QuantizedTensor, bias: Tensor | None = None) -> QuantLinear:
@@ -85,12 +113,113 @@ class QuantLinear(_Quantized):
         module.set_quantized(q)
         return module
 
+    def quantized(self) -> QuantizedTensor:
+        """The weight as a record. It shares this module's storage, but where that holds the packed form only."""
+        if self._buffers["qweight"] is not None:
+            return super().quantized()
+        return QuantizedTensor(self.spec, self.shape, unpack_weight(self._weight(self.layout)))
+
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] of any float dtype -> [..., out_features] of the same dtype."""
+        """x [..., in_features] of any float dtype -> [..., out_features] of the same dtype (autocast's under it)."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected an input [..., {self.in_features}], got {list(x.shape)}")
-        weight = self.quantized().dequantize(x.dtype)
-        return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # a compiler must not look whether it has been done: its guards would fail as soon as it is
+        if torch.compiler.is_compiling() or x.dtype not in self._prepared:
+            self.prepare(x.dtype)
+        layout = self.layout
+        if layout == "cpu_int4" and not self._takes_int4pack(x):
+            layout = "portable"
+        return quant_matmul(x, self._weight(layout), self.bias, batch_invariant=self.batch_invariant)
+
+    @torch.compiler.assume_constant_result
+    def prepare(self, dtype: torch.dtype) -> bool:
+        """Pack the weight for activations of ``dtype``, where that has not been done; always True.
+
+        ``forward`` calls it. Under ``torch.compile`` it runs while the graph is made, not in the graph.
+        """
+        if dtype in self._prepared or self.layout != "portable":
+            self._prepared = (*self._prepared, dtype)
+            return True
+        # packed tensors outlive the mode they were made in: those of inference mode could never be trained on
+        with torch.inference_mode(False), torch.no_grad():
+            stored = super().quantized().tensors
+            # a copy: a buffer can be changed from outside, the table of all formats must not be
+            scales_map = dynamic_map(stored["scales"].device).clone() if self.spec.double_quant else None
+            packed = pack_weight(stored, self.spec.format, self.shape, dtype, scales_map=scales_map)
+            self.layout = packed.layout
+            for name in TENSORS:
+                if packed.layout != "portable" or name == "scales_map":
+                    self._buffers[_PACKED + name] = packed.tensors.get(name)
+            if packed.layout == "tiles" and not self.tied:
+                for name in stored:
+                    self._buffers[name] = None
+        self._prepared = (*self._prepared, dtype)
+        return True
+
+    def release(self) -> None:
+        """Go back to the portable form alone; the next product packs anew."""
+        if self.layout != "portable" and self._buffers["qweight"] is None:
+            for name, tensor in self.quantized().tensors.items():
+                self._buffers[name] = tensor
+        for name in TENSORS:
+            self._buffers[_PACKED + name] = None
+        self.layout, self._prepared = "portable", ()
+
+    def _weight(self, layout: str) -> PackedWeight:
+        tensors = {}
+        for name in TENSORS:
+            prefix = _PACKED if layout != "portable" or name == "scales_map" else ""
+            tensor = getattr(self, prefix + name, None)
+            if tensor is not None:
+                tensors[name] = tensor
+        return PackedWeight(self.spec.format, self.shape, layout, tensors)
+
+    def _takes_int4pack(self, x: Tensor) -> bool:
+        """Whether torch's packed product is the one for x: few rows, and no gradient, which it has only slowly."""
+        if x.dtype != torch.bfloat16 or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+        # how many rows there are must not choose the way where no row may depend on the others
+        return self.batch_invariant or x.numel() <= INT4PACK_ROWS * self.in_features
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in TENSORS and "_prepared" in self.__dict__:
+            self.release()
+        super().__setattr__(name, value)
+
+    def _apply(self, fn, recurse=True):
+        self.release()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._buffers["qweight"] is None:
+            for name, tensor in self.quantized().tensors.items():
+                if name not in self._non_persistent_buffers_set:
+                    destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.release()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+@contextmanager
+def batch_invariant(model: nn.Module) -> Iterator[None]:
+    """Within it no row of a quantized product depends, in any bit, on the other rows of its batch.
+
+    The same prompt gives the same logits alone and in a batch, as far as the quantized layers go. It costs speed:
+    rows are multiplied one by one on a CPU, in one fixed order of summation on a GPU.
+    """
+    modules = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    before = [module.batch_invariant for module in modules]
+    try:
+        for module in modules:
+            module.batch_invariant = True
+        yield
+    finally:
+        for module, value in zip(modules, before):
+            module.batch_invariant = value
 
 
 class QuantEmbedding(_Quantized):

@@ -81,6 +81,22 @@ def test_a_weight_larger_than_a_block_is_decoded_piece_by_piece(monkeypatch):
         check_budget(got, grad @ dense.float(), grad.double() @ dense, fmt)
 
 
+@pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_weights_keep_the_budget(fmt, m, dtype):
+    """int4 is two products of half the channels, int8 under bf16 torch's own."""
+    torch.manual_seed(4)
+    w, dense = packed(fmt, 128, 512, 32 if fmt == "int4" else None)
+    x, bias = torch.randn(m, 512).to(dtype), torch.randn(128)
+    exact = x.double() @ dense.T + bias.double()
+    eager = ops.quant_matmul(x, w, bias, impl="reference")
+    check_budget(ops.quant_matmul(x, w, bias), eager, exact, f"{fmt} {m} {dtype}")
+    alone = ops.quant_matmul(x, w, bias, batch_invariant=True)
+    check_budget(alone, eager, exact)
+    assert torch.equal(ops.quant_matmul(x[-1:], w, bias, batch_invariant=True), alone[-1:])
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_torch_packed_int4_keeps_the_budget_of_bfloat16(symmetric, group):
