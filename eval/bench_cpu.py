@@ -1,4 +1,4 @@
-"""Our NF4 beside bitsandbytes' on the CPU, in one run, and what GPTQ of a model takes.
+"""Our NF4 and our layers beside bitsandbytes' on the CPU, in one run, and what GPTQ of a model takes.
 
 Both sides take turns, so that what else the machine does falls on both alike; each turn gives a ratio of its
 own, and the median of those says who is faster. Each figure of memory comes from a fresh process: in a used
@@ -12,36 +12,28 @@ import ctypes
 import dataclasses
 import functools
 import json
-import multiprocessing
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..quant.config import QuantConfig, QuantSpec
 from ..quant.rtn import rtn
+from . import bench_linear
 from .memory import human_bytes, process_peak, reset_peak
 from .provenance import collect
+from .timing import BenchError, Spread, bitsandbytes_module, in_child, take_turns, version_of
 
 Progress = Callable[[str, int, int], None]
-T = TypeVar("T")
 DTYPES = ("float32", "bfloat16")
 OPERATIONS = ("quantize", "dequantize")
-WARMUP = 2
 ROWS, TABLE = "cpu.jsonl", "cpu.md"
 _SPEC = QuantSpec(format="nf4")
-
-
-class BenchError(RuntimeError):
-    """The two sides do not give the same, so a comparison of their times would mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +46,6 @@ class GptqJob:
     length: int = 1024
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median, 20th and 80th percentile over the repetitions (linear between neighbours)."""
-
-    median: float
-    p20: float
-    p80: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        p20, p80 = (statistics.quantiles(values, n=10, method="inclusive")[i] for i in (1, 7))
-        return cls(statistics.median(values), p20, p80)
-
-
 def run_bench(
     size: int = 4096,
     repeats: int = 15,
@@ -76,7 +54,8 @@ def run_bench(
     command: str | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Time NF4 of a [size, size] weight with both libraries, in fp32 and bf16, and GPTQ where a job is given.
+    """Time NF4 of a [size, size] weight with both libraries, and layers of that size with 1, 16 and 512 tokens, in
+    fp32 and bf16; and GPTQ where a job is given.
 
     Args:
         repeats: timed turns of each side, after two that are not timed.
@@ -91,7 +70,7 @@ def run_bench(
     """
     say = progress or (lambda *_: None)
     origin = dataclasses.asdict(collect(torch.device("cpu"), 0, command))
-    origin["versions"]["bitsandbytes"] = _version("bitsandbytes")
+    origin["versions"]["bitsandbytes"] = version_of("bitsandbytes")
     rows: list[dict[str, Any]] = []
     total = len(DTYPES) * len(OPERATIONS)
     for dtype in DTYPES:
@@ -117,6 +96,8 @@ def run_bench(
                 }
             )
     say("NF4", total, total)
+    layers = bench_linear.linear_rows(size, repeats, progress=progress)
+    rows += [{**row, "provenance": origin} for row in layers]
     if gptq is not None:
         say("GPTQ", 0, 0)
         rows.append({"bench": "gptq", **run_gptq(gptq), "provenance": origin})
@@ -166,49 +147,15 @@ def check_equal(weight: Tensor) -> None:
         )
 
 
-def take_turns(operations: dict[str, Callable[[], Any]], repeats: int) -> list[list[float]]:
-    """Seconds of every timed turn, a list a side. Who goes first changes from turn to turn."""
-    times: dict[str, list[float]] = {side: [] for side in operations}
-    for turn in range(WARMUP + repeats):
-        for side in operations if turn % 2 else reversed(operations):
-            begin = time.perf_counter()
-            operations[side]()
-            seconds = time.perf_counter() - begin
-            if turn >= WARMUP:
-                times[side].append(seconds)
-    return list(times.values())
-
-
 def _their_quantize(weight: Tensor) -> tuple[Tensor, Any]:
-    functional = _bitsandbytes()
+    functional = bitsandbytes_module().functional
     packed, state = functional.quantize_4bit(weight, blocksize=_SPEC.group_size, quant_type="nf4")
     return packed, state
 
 
 def _their_dequantize(quantized: tuple[Tensor, Any]) -> Tensor:
-    weight: Tensor = _bitsandbytes().dequantize_4bit(*quantized)
+    weight: Tensor = bitsandbytes_module().functional.dequantize_4bit(*quantized)
     return weight
-
-
-def _bitsandbytes() -> Any:
-    try:
-        import bitsandbytes.functional
-    except ImportError as error:
-        raise ImportError('the comparison needs bitsandbytes: pip install "brise[peers]"') from error
-    return bitsandbytes.functional
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def in_child(function: Callable[..., T], *args: Any) -> T:
-    """The function's value, from a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def _peak_of(side: str, operation: str, size: int, dtype: str) -> int | None:
@@ -278,7 +225,8 @@ def write_bench(folder: str | Path, rows: list[dict[str, Any]]) -> tuple[Path, P
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The run as a Markdown table; times are medians with the 20th and 80th percentile."""
-    nf4 = [row for row in rows if row["bench"] != "gptq"]
+    nf4 = [row for row in rows if row["bench"].startswith("nf4-")]
+    layers = [row for row in rows if row["bench"] == bench_linear.BENCH]
     shape = " × ".join(map(str, nf4[0]["shape"]))
     lines = [
         f"### NF4 on the CPU, weight {shape}: ours and bitsandbytes, taking turns",
@@ -290,9 +238,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         cells = [
             row["bench"].removeprefix("nf4-"),
             row["dtype"],
-            _spread(row["ours"], 1e3, 1),
-            _spread(row["bitsandbytes"], 1e3, 1),
-            _spread(row["ratio"], 1, 2),
+            Spread(**row["ours"]).text(1e3),
+            Spread(**row["bitsandbytes"]).text(1e3),
+            Spread(**row["ratio"]).text(1, 2),
             _memory(row["ours_peak"]),
             _memory(row["bitsandbytes_peak"]),
         ]
@@ -302,6 +250,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"- Median (20th to 80th percentile) of {nf4[0]['repeats']} turns; the ratio is taken turn by turn.",
         "- Both gave the same weights to the bit before anything was timed.",
         "- Peak: memory beyond what the process held before the call, the result included.",
+        "",
+        *bench_linear.linear_table(layers),
+        "",
     ]
     for row in rows:
         if row["bench"] == "gptq":
@@ -313,11 +264,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{k} {origin['versions'][k]}" for k in ("torch", "bitsandbytes", "brise"))
     lines += [f"- {origin['device']}, {origin['threads']} threads; {versions}; {origin['time']}.", ""]
     return "\n".join(lines)
-
-
-def _spread(values: dict[str, float], scale: float, digits: int) -> str:
-    median, p20, p80 = (f"{values[k] * scale:.{digits}f}" for k in ("median", "p20", "p80"))
-    return f"{median} ({p20}–{p80})"
 
 
 def _memory(nbytes: int | None) -> str:

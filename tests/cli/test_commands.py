@@ -47,7 +47,7 @@ def test_help_names_every_command_and_version_is_the_packages():
     assert run("--version").stdout.strip() == "brise 0.1.0"
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench cpu"])
+@pytest.mark.parametrize("command", [*COMMANDS, "bench cpu", "bench compile", "bench gpu"])
 def test_every_command_has_help_with_an_example(command):
     text = run(*command.split(), "--help").stdout
     assert command == "bench" or f"brise {command}" in text.split("Options")[-1]
@@ -227,13 +227,51 @@ def test_bench_cpu_compares_and_writes(tiny_checkpoint, tiny_text, tmp_path, mon
         ("nf4-dequantize", "float32"),
         ("nf4-quantize", "bfloat16"),
         ("nf4-dequantize", "bfloat16"),
+        *[("linear", dtype) for dtype in ("float32", "bfloat16") for _ in range(3)],
         ("gptq", None),
     ]
-    for row in rows[:-1]:
+    assert [row["tokens"] for row in rows[4:-1]] == [1, 16, 512, 1, 16, 512]
+    for row in rows[4:-1]:
+        assert row["errors"]["int4"] < 0.01 and row["ratios"]["int4/bitsandbytes-4bit"]["median"] > 0
+        assert set(row["seconds"]) == {
+            "int4",
+            "nf4",
+            "int8",
+            "bitsandbytes-4bit",
+            "bitsandbytes-8bit",
+            "dense",
+        }
+    for row in rows[:4]:
         assert (
             0 < row["ours"]["p20"] <= row["ours"]["median"] <= row["ours"]["p80"]
             and row["ratio"]["median"] > 0
         )
     assert rows[-1]["seconds"] > 0 and rows[-1]["windows"] == 2 and rows[-1]["process_peak"] > 1e8
     table = (tmp_path / "cpu.md").read_text()
+    assert table.count("| bfloat16 | 512 |") == 1 and "int4 / bnb 4-bit" in table
     assert table.count("| quantize |") == 2 and "GPTQ (g.yaml) of tiny, 2 windows of 32 tokens" in table
+
+
+def test_bench_compile_prints_the_table_and_fails_on_a_fault(tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason="triton compiles the kernels")
+    from brise.kernels import compile as aot
+
+    words = ["bench", "compile", "--kernel", "quantize-tokens", "--arch", "90"]
+    (tmp_path / "compile.jsonl").write_text('{"kernel": "other", "arch": "sm_90"}\n')
+    assert "| quantize-tokens | sm_90 |" in run(*words).stdout
+    document = run_json(*words, "--out", tmp_path)
+    assert document["faulty"] == 0 and document["rows"][0]["registers"] > 0
+    rows = [json.loads(line) for line in (tmp_path / "compile.jsonl").read_text().splitlines()]
+    assert [row["kernel"] for row in rows] == ["other", "quantize-tokens"] and "faults" not in rows[1]
+    monkeypatch.setattr(aot, "SHARED_LIMIT", {90: -1})
+    failed = run(*words, code=1)
+    assert "shared memory" in failed.stdout and "1 of 1 configurations have faults" in failed.stderr
+    assert run_json(*words, code=1)["faulty"] == 1
+
+
+def test_bench_gpu_without_a_gpu_says_so(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees no CUDA device" in run("bench", "gpu", code=1).stderr
+    assert "brise bench compile" in run_json("bench", "gpu", code=1)["error"]

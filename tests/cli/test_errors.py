@@ -66,6 +66,8 @@ MISTAKES = [
     ("generate {t}/none --prompt a", 1, "none"),
     ("configs no-such", 1, "neither a preset nor a file"),
     ("bench", 2, "Missing command"),
+    ("bench compile --kernel no-such", 1, "names begin with"),
+    ("bench compile --arch 75", 1, "--arch must be one of 80, 90, got 75"),
 ]
 
 
@@ -74,8 +76,8 @@ MISTAKES = [
 def test_a_mistake_is_said_in_one_line(files, tiny_checkpoint, command, code, says, json_too):
     words = command.format(t=files, m=tiny_checkpoint).split()
     if json_too and words == ["bench"]:
-        words = ["bench", "gpu"]
-        says = "gpu"
+        words = ["bench", "tpu"]
+        says = "tpu"
     result = invoke(*words, *(["--json"] if json_too else []))
     assert result.exit_code == code
     lines = [line for line in result.stderr.splitlines() if line.strip()]
