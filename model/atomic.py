@@ -40,57 +40,15 @@ class AtomicFolder:
     def __init__(self, target: str | Path, *, overwrite: bool = False) -> None:
         self.target = Path(target).expanduser().resolve()
         self.overwrite = overwrite
-        self.check_target()
+        check_target(self.target, overwrite)
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        self._prefix = f".{self.target.name}.brise-"
-        self._clean_up()
+        clean_up(self.target, overwrite)
         self.path, self._lock = self._make()
-
-    def check_target(self) -> None:
-        """Refuse a target that is not this writer's to replace."""
-        target = self.target
-        if not target.exists():
-            return
-        if not target.is_dir():
-            raise CheckpointError(f"{target} is a file; choose another folder to write to")
-        if not any(target.iterdir()):
-            return
-        if not self.overwrite:
-            raise CheckpointError(
-                f"{target} exists and is not empty; choose another folder, or allow overwriting"
-            )
-        if not (target / "config.json").is_file():
-            raise CheckpointError(
-                f"{target} is not empty and no checkpoint (it has no config.json), so it is not replaced; "
-                "choose another folder"
-            )
 
     def commit(self) -> None:
         """Rename the folder, whose files are on disk already, to its place."""
-        self.check_target()
-        _fsync_folder(self.path)
-        if not (self.target.exists() and any(self.target.iterdir())):
-            os.rename(self.path, self.target)  # over an empty folder too: rename(2) is atomic there
-        elif not _exchange(self.path, self.target):
-            self._rename_twice()
-        _fsync_folder(self.target.parent)
+        put_in_place(self.path, self.target, self.overwrite)
         self.discard()  # after an exchange the old folder bears the temporary name
-
-    def _rename_twice(self) -> None:
-        """Replace the target where names cannot be swapped; locked, so that no clean-up takes the old one."""
-        lock = _try_lock(self.target)
-        old = self.target.parent / f"{self._prefix}old-{uuid.uuid4().hex[:8]}"
-        try:
-            os.rename(self.target, old)
-            try:
-                os.rename(self.path, self.target)
-            except BaseException:
-                os.rename(old, self.target)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            if lock is not None:
-                os.close(lock)
 
     def discard(self) -> None:
         """Remove what bears the temporary name, and give up the lock."""
@@ -101,24 +59,81 @@ class AtomicFolder:
 
     def _make(self) -> tuple[Path, int | None]:
         while True:
-            path = self.target.parent / f"{self._prefix}{uuid.uuid4().hex[:8]}"
+            path = self.target.parent / f"{_prefix(self.target)}{uuid.uuid4().hex[:8]}"
             path.mkdir()
-            lock = _try_lock(path)
+            lock = try_lock(path)
             # between mkdir and lock another writer's clean-up may have taken it for a dead one's
             if lock is not None:
                 return path, lock
 
-    def _clean_up(self) -> None:
-        """Remove what dead writers of this target left behind; bring back a folder that they moved."""
-        for path in sorted(self.target.parent.glob(f"{glob.escape(self._prefix)}*")):
-            lock = _try_lock(path)
-            if lock is None:
-                continue
-            if path.name.startswith(f"{self._prefix}old-") and not self.target.exists():
-                os.rename(path, self.target)
-                self.check_target()
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a target that is not a writer's to replace.
+
+    Raises:
+        CheckpointError: something is there that may not be replaced.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file; choose another folder to write to")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{target} exists and is not empty; choose another folder, or allow overwriting"
+        )
+    if not (target / "config.json").is_file():
+        raise CheckpointError(
+            f"{target} is not empty and no checkpoint (it has no config.json), so it is not replaced; "
+            "choose another folder"
+        )
+
+
+def put_in_place(path: Path, target: Path, overwrite: bool) -> None:
+    """Rename a folder, whose files are on disk already, to ``target``; one that was there may then be at ``path``."""
+    check_target(target, overwrite)
+    fsync_folder(path)
+    if not (target.exists() and any(target.iterdir())):
+        os.rename(path, target)  # over an empty folder too: rename(2) is atomic there
+    elif not _exchange(path, target):
+        _rename_twice(path, target)
+    fsync_folder(target.parent)
+
+
+def clean_up(target: Path, overwrite: bool) -> None:
+    """Remove what dead writers of this target left behind; bring back a folder that they moved."""
+    prefix = _prefix(target)
+    for path in sorted(target.parent.glob(f"{glob.escape(prefix)}*")):
+        lock = try_lock(path)
+        if lock is None:
+            continue
+        if path.name.startswith(f"{prefix}old-") and not target.exists():
+            os.rename(path, target)
+            check_target(target, overwrite)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.brise-"
+
+
+def _rename_twice(path: Path, target: Path) -> None:
+    """Replace the target where names cannot be swapped; locked, so that no clean-up takes the old one."""
+    lock = try_lock(target)
+    old = target.parent / f"{_prefix(target)}old-{uuid.uuid4().hex[:8]}"
+    try:
+        os.rename(target, old)
+        try:
+            os.rename(path, target)
+        except BaseException:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if lock is not None:
             os.close(lock)
 
 
@@ -130,7 +145,7 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _try_lock(path: Path) -> int | None:
+def try_lock(path: Path) -> int | None:
     """A locked descriptor of the folder, or None where somebody else holds the lock or the folder is gone."""
     try:
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -163,7 +178,8 @@ def _exchange(a: Path, b: Path) -> bool:
     raise OSError(code, os.strerror(code), str(b))
 
 
-def _fsync_folder(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

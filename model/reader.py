@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import mmap
-import os
+import hashlib
 import re
-import stat
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from .quantization_entry import is_guard
-from .safetensors_header import MAX_JSON_BYTES, CheckpointError, Entry, parse_json, read_header
+from .safetensors_header import MAX_JSON_BYTES, CheckpointError, parse_json
+from .tensor_files import TensorFiles, inside, listed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -22,8 +17,6 @@ INDEX = "model.safetensors.index.json"
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
 _UNWANTED = ["consolidated*", "original/*", "*/*.safetensors", "onnx/*", "*.bin.index.json"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# below this a tensor is read, above it is mapped: a map costs a page table entry and a file descriptor
-_READ_BELOW = 1 << 16
 
 
 def resolve_source(source: str | Path) -> Path:
@@ -54,34 +47,6 @@ def resolve_source(source: str | Path) -> Path:
         ) from error
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The file ``name`` of a folder.
-
-    Raises:
-        CheckpointError: not the plain name of a regular file there, or a link that leads out. The hub's
-            cache, whose snapshots are links into the ``blobs`` beside them, counts as inside.
-    """
-    if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
-        raise CheckpointError(f"{folder}: {name[:200]!r} is not the plain name of a file in this folder")
-    home = folder.resolve()
-    try:
-        real = (folder / name).resolve()
-    except (RuntimeError, OSError) as error:  # links in a circle
-        raise CheckpointError(f"{folder / name} is a link that leads nowhere ({error})") from None
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if not any(real.parent == root for root in allowed):
-        raise CheckpointError(
-            f"{folder / name} is a link that leads out of the folder, to {real}; put the file itself there"
-        )
-    if not real.exists():
-        raise CheckpointError(f"{folder / name} is missing; fetch it, or the whole folder, again")
-    if not stat.S_ISREG(real.stat().st_mode):
-        raise CheckpointError(f"{folder / name} is no regular file")
-    return real
-
-
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of the folder.
 
@@ -96,7 +61,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return parse_json(data, str(folder / name))
 
 
-class CheckpointReader:
+class CheckpointReader(TensorFiles):
     """The tensors of a Hugging Face folder, by name; every header and the index are checked on construction.
 
     Nothing is loaded before it is asked for. Tensors are private maps of the files: writing to one does not
@@ -115,75 +80,31 @@ class CheckpointReader:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise CheckpointError(f"there is no folder {self.folder}")
+        if not Path(folder).is_dir():
+            raise CheckpointError(f"there is no folder {folder}")
+        super().__init__(folder)
         self.config: dict[str, Any] = read_json(self.folder, "config.json")
-        self._files: dict[str, BinaryIO] = {}
-        self._where: dict[str, tuple[str, Entry]] = {}
         weight_map = self._weight_map()
-        for shard in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
-            self._open(shard)
+        wanted = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+        if bad := [shard for shard in wanted if not shard.endswith(".safetensors")]:
+            raise CheckpointError(
+                f"{self.folder / INDEX} names {bad[0][:200]!r}; expected files that end in .safetensors"
+            )
+        self.open(wanted)
         if weight_map is not None:
             self._check_index(weight_map)
-        for name in [n for n in self._where if self._hides(n)]:
-            del self._where[name]
-        self.names: list[str] = sorted(self._where)
+        self.hide([n for n in self.names if self._hides(n)])
 
-    def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """Dtype and shape of a tensor. Raises CheckpointError for a name that is not there."""
-        entry = self._find(name)[1]
-        return entry.dtype, entry.shape
-
-    def nbytes(self, name: str) -> int:
-        """Bytes of a tensor on disk."""
-        return self._find(name)[1].nbytes
-
-    def shard(self, name: str) -> str:
-        """The file that holds a tensor, for messages."""
-        return self._find(name)[0]
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor on the CPU, in its stored dtype: a map of its own, given back when the tensor goes."""
-        shard, entry = self._find(name)
-        file = self._files[shard]
-        if entry.nbytes < _READ_BELOW:
-            raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-            if os.preadv(file.fileno(), [raw.numpy().data], entry.begin) != entry.nbytes:
-                raise CheckpointError(f"{self.folder / shard} became shorter while it was read")
-            return raw.view(entry.dtype).view(entry.shape)
-        start = entry.begin - entry.begin % mmap.ALLOCATIONGRANULARITY
-        return _typed(self._map(shard, start, entry.end - start), entry, entry.begin - start)
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, shard by shard: one map a shard, held for as long as any of its tensors lives."""
-        for shard in self._files:
-            names = [name for name in self.names if self._where[name][0] == shard]
-            end = max((self._where[name][1].end for name in names), default=0)
-            whole = self._map(shard, 0, end) if end else torch.empty(0, dtype=torch.uint8)
-            for name in names:
-                entry = self._where[name][1]
-                yield name, _typed(whole, entry, entry.begin)
+    def identity(self) -> dict[str, Any]:
+        """As of the shards, and the hash of config.json."""
+        config = (self.folder / "config.json").read_bytes()
+        return {"config.json": hashlib.sha256(config).hexdigest(), **super().identity()}
 
     def _hides(self, name: str) -> bool:
         """Whether a tensor is the guard of a quantized folder (:func:`.quantization_entry.guard_of`)."""
         entry = self._where[name][1]
         codes = name.removesuffix("weight") + "qweight"
         return name.endswith(".weight") and codes in self._where and is_guard(entry.dtype, entry.shape)
-
-    def _find(self, name: str) -> tuple[str, Entry]:
-        if name not in self._where:
-            raise CheckpointError(f"{self.folder} has no tensor {name}")
-        return self._where[name]
-
-    def _map(self, shard: str, start: int, length: int) -> Tensor:
-        try:
-            view = mmap.mmap(self._files[shard].fileno(), length, access=mmap.ACCESS_COPY, offset=start)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.folder / shard}: {length} bytes cannot be mapped into memory ({error})"
-            ) from error
-        return torch.frombuffer(view, dtype=torch.uint8)
 
     def _weight_map(self) -> dict[str, str] | None:
         """Tensor -> shard as the index says, or None for a single file without one."""
@@ -204,43 +125,24 @@ class CheckpointReader:
             )
         return weight_map
 
-    def _open(self, shard: str) -> None:
-        if not shard.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{self.folder / INDEX} names {shard[:200]!r}; expected files that end in .safetensors"
-            )
-        file = inside(self.folder, shard).open("rb")
-        self._files[shard] = file
-        for name, entry in read_header(file, str(self.folder / shard)).items():
-            if name in self._where:
-                raise CheckpointError(
-                    f"{self.folder}: the tensor {name} is in two shards, {self._where[name][0]} and {shard}"
-                )
-            self._where[name] = (shard, entry)
-
     def _check_index(self, weight_map: dict[str, str]) -> None:
         index = self.folder / INDEX
+        wrong = []
         for name, shard in weight_map.items():
-            if name not in self._where:
-                raise CheckpointError(f"{index} says that {shard} holds {name}, but it does not")
-            if self._where[name][0] != shard:
-                raise CheckpointError(
-                    f"{index} says that {shard} holds {name}, but {self._where[name][0]} does"
-                )
-        for name, (shard, _) in self._where.items():
-            if name not in weight_map:
-                raise CheckpointError(f"{self.folder / shard} holds {name}, which {index} does not list")
+            found = self._where[name][0] if name in self._where else None
+            if found != shard:
+                does = "it does not" if found is None else f"{found} does"
+                wrong.append(f"says that {shard} holds {name}, but {does}")
+        if wrong:
+            raise CheckpointError(f"{index} {listed(wrong, '; ')}")
+        if unlisted := [
+            f"{name} in {shard}" for name, (shard, _) in self._where.items() if name not in weight_map
+        ]:
+            raise CheckpointError(f"{self.folder} holds {listed(unlisted)}, which {index} does not list")
 
 
 def _exists(path: Path) -> bool:
     return path.is_symlink() or path.exists()
-
-
-def _typed(raw: Tensor, entry: Entry, offset: int) -> Tensor:
-    data = raw[offset : offset + entry.nbytes]
-    if offset % entry.dtype.itemsize or not entry.nbytes:
-        data = data.clone()  # a file that starts its tensors at odd places: no dtype can be laid over them
-    return data.view(entry.dtype).view(entry.shape)
 
 
 def _what_else(folder: Path) -> str:

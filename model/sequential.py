@@ -2,75 +2,100 @@
 
 Each block runs once over the calibration windows. The input of q, k and v is there before they run; o, gate-up and
 down then see what the already quantized Linears before them give (GPTQ's "true sequential" order). Linears that
-share an input share a Hessian.
+share an input share a Hessian. Weights are in memory only from when they are needed until they are not: at
+Mistral-7B's width those of a block take 0.9 GB, and the Hessian of down_proj as much again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..quant.apply import Outcome, measure, quantize_weight
-from ..quant.calibrate import HessianAccumulator, matched_weight
-from ..quant.config import Calibration, QuantSpec
-from ..quant.tensor import QuantizedTensor
+from ..quant.calibrate import HessianAccumulator
 from .blocks import MistralDecoderLayer
+from .solve import Quantized, Setting, Specs, quantize_under, reduce, spec_of
 from .walk import STAGES, BlockWalk, WalkContext
 
-Specs = Mapping[str, tuple[QuantSpec | None, str]]
+Load = Callable[[str], Tensor]
 
 
 @dataclass
 class Activations:
-    """Hidden states of all calibration windows in front of a block: [windows, T, D] fp32.
+    """Hidden states of this process's calibration windows in front of a block: [windows, T, D] fp32.
 
     Attributes:
         hidden: as the already quantized blocks give them.
         full: as the unquantized model gives them; only where the calibration's target is ``full``.
+        buffer: gives memory, or a file's, of a shape in fp32, for what is kept within a block.
     """
 
     hidden: Tensor
     full: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A module's new weight, and what is reported of it."""
-
-    tensor: QuantizedTensor
-    outcome: Outcome
+    buffer: Callable[[tuple[int, ...]], Tensor] = torch.empty
 
 
 @torch.no_grad()
 def quantize_block(
     layer: MistralDecoderLayer,
-    specs: Specs,
+    load: Load,
+    setting: Setting,
     activations: Activations,
     context: WalkContext,
-    calibration: Calibration,
     prefix: str,
 ) -> dict[str, Quantized]:
     """Quantize one block under its calibration inputs, and move ``activations`` behind it, in place.
 
-    The layer's quantized Linears are left holding the decoded weights.
-
     Args:
-        specs: path -> (spec or None, reason), paths from the model's root. prefix: the block's path.
+        layer: the block, everything in it but the weights of the walk's stages in its place.
+        load: path in the block -> the unquantized weight, fp32.
+        prefix: the block's path.
+    Returns:
+        What became of every module that has a spec, by its path from the root. The layer's weights are dropped.
     """
-    if not calibration.true_sequential:
-        return _quantize_at_once(layer, specs, activations, context, prefix)
+    if not setting.true_sequential:
+        return _quantize_at_once(layer, load, setting, activations, context, prefix)
     done: dict[str, Quantized] = {}
-    streams = [_Stream(layer, context, activations.hidden)]
-    if activations.full is not None:
-        streams.append(_Stream(_frozen_copy(layer), context, activations.full, frozen=True))
+    streams = _streams(layer, context, activations)
     for stage in range(len(STAGES)):
-        done |= _quantize_stage(layer, stage, specs, streams, prefix)
+        _fill_stage(streams, stage, load)
+        done |= _quantize_stage(stage, setting, streams, prefix)
         for stream in streams:
             stream.finish(stage)
+        if stage in (1, 3):
+            for stream in streams:
+                stream.drop(stage - 1, stage)
     return done
+
+
+@torch.no_grad()
+def replay_block(
+    layer: MistralDecoderLayer, load: Load, decoded: Load, activations: Activations, context: WalkContext
+) -> None:
+    """Move ``activations`` behind a block that was quantized before, to the bit as :func:`quantize_block` did.
+
+    Args:
+        load: as there. decoded: path in the block -> the weight as it is now, fp32.
+    """
+    quantized, *full = _streams(layer, context, activations)
+    for stage in range(len(STAGES)):
+        quantized.fill(stage, {name: decoded(name) for name in STAGES[stage]})
+        for stream in full:
+            stream.fill(stage, {name: load(name) for name in STAGES[stage]})
+        if stage in (1, 3):
+            for stream in (quantized, *full):
+                stream.finish(stage)
+                stream.drop(stage - 1, stage)
+
+
+def _streams(layer: MistralDecoderLayer, context: WalkContext, activations: Activations) -> list[_Stream]:
+    streams = [_Stream(layer, context, activations.hidden, activations.buffer)]
+    if activations.full is not None:
+        twin = _frozen_copy(layer)
+        streams.append(_Stream(twin, context, activations.full, activations.buffer, frozen=True))
+    return streams
 
 
 class _Stream:
@@ -82,13 +107,32 @@ class _Stream:
     """
 
     def __init__(
-        self, layer: MistralDecoderLayer, context: WalkContext, hidden: Tensor, frozen: bool = False
+        self,
+        layer: MistralDecoderLayer,
+        context: WalkContext,
+        hidden: Tensor,
+        buffer: Callable[[tuple[int, ...]], Tensor],
+        frozen: bool = False,
     ) -> None:
+        self.layer = layer
         self.walk = BlockWalk(layer, context)
         self.hidden = hidden
         self.frozen = frozen
+        self._buffer = buffer
         self._kept: Tensor | None = None
         self._ran = False
+
+    def fill(self, stage: int, weights: Mapping[str, Tensor]) -> None:
+        """Put the weights of a stage in their places."""
+        for name in STAGES[stage]:
+            set_weight(self.layer.get_submodule(name), weights[name])
+
+    def drop(self, *stages: int) -> None:
+        """Give back the weights of stages that are over."""
+        for stage in stages:
+            for name in STAGES[stage]:
+                module = self.layer.get_submodule(name)
+                set_weight(module, torch.empty_like(module.weight, device="meta"))  # type: ignore[arg-type]
 
     def inputs(self, stage: int) -> Iterator[Tensor]:
         """The stage's input [1, T, K], window by window."""
@@ -129,13 +173,21 @@ class _Stream:
 
     def _keep(self, i: int, x: Tensor) -> None:
         if self._kept is None:
-            self._kept = x.new_empty((self.hidden.shape[0], *x.shape[1:]))
+            self._kept = self._buffer((self.hidden.shape[0], *x.shape[1:]))
         self._kept[i] = x[0]
 
 
+def _fill_stage(streams: list[_Stream], stage: int, load: Load) -> None:
+    weights = {name: load(name) for name in STAGES[stage]}
+    for stream in streams:
+        stream.fill(stage, weights)
+
+
 def _quantize_stage(
-    layer: nn.Module, stage: int, specs: Specs, streams: list[_Stream], prefix: str
+    stage: int, setting: Setting, streams: list[_Stream], prefix: str
 ) -> dict[str, Quantized]:
+    specs = setting.specs
+    layer = streams[0].layer
     names = [name for name in STAGES[stage] if specs[f"{prefix}.{name}"][0] is not None]
     if not names:
         return {}
@@ -144,25 +196,30 @@ def _quantize_stage(
         accumulator = HessianAccumulator(layer.get_submodule(names[0]).in_features, cross=len(streams) == 2)  # type: ignore[arg-type]
         for inputs in zip(*(stream.inputs(stage) for stream in streams), strict=True):
             accumulator.add(*inputs)
-    return _quantize_linears(layer, names, prefix, specs, accumulator)
+        if stage in (1, 3):  # all windows are past them
+            for stream in streams:
+                stream.drop(stage - 1)
+            for stream in streams[1:]:
+                stream.drop(stage)
+        reduce(accumulator, setting.group)
+    return _quantize_linears(layer, names, prefix, setting, accumulator)
 
 
 def _quantize_linears(
-    layer: nn.Module, names: list[str], prefix: str, specs: Specs, accumulator: HessianAccumulator | None
+    layer: nn.Module, names: list[str], prefix: str, setting: Setting, accumulator: HessianAccumulator | None
 ) -> dict[str, Quantized]:
     """Linears that share an input; those that also share a spec are solved as one matrix, row under row."""
     done: dict[str, Quantized] = {}
-    for together in _batches(names, prefix, specs):
+    batches = _batches(names, prefix, setting.specs)
+    for number, together in enumerate(batches):
         paths = [f"{prefix}.{name}" for name in together]
         weights: list[Tensor] = [layer.get_submodule(name).weight.data for name in together]  # type: ignore
-        spec, reason = specs[paths[0]]
-        assert spec is not None
-        gathered = accumulator if spec.needs_hessian else None
-        for path, weight, name, result in zip(
-            paths, weights, together, quantize_under(paths, weights, spec, reason, gathered), strict=True
-        ):
-            # the decoded weight in the place of the codes: the same values, decoded once and not once a window
-            layer.get_submodule(name).weight.data = result.tensor.dequantize(weight.dtype)  # type: ignore[union-attr]
+        gathered = accumulator if spec_of(setting.specs, paths[0]).needs_hessian else None
+        results = quantize_under(paths, weights, setting, gathered, last=number == len(batches) - 1)
+        for path, weight, name, result in zip(paths, weights, together, results, strict=True):
+            if result.tensor is not None:
+                # the decoded weight in the place of the codes: the same values, decoded once and not once a window
+                set_weight(layer.get_submodule(name), result.tensor.dequantize(weight.dtype))
             done[path] = result
     return done
 
@@ -170,54 +227,46 @@ def _quantize_linears(
 def _batches(names: list[str], prefix: str, specs: Specs) -> list[list[str]]:
     batches: dict[object, list[str]] = {}
     for name in names:
-        spec = specs[f"{prefix}.{name}"][0]
-        assert spec is not None
+        spec = spec_of(specs, f"{prefix}.{name}")
         # double-quantized scales share blocks and an offset, so each such weight is solved by itself
         batches.setdefault(name if spec.double_quant else spec, []).append(name)
     return list(batches.values())
 
 
-def quantize_under(
-    paths: list[str],
-    weights: list[Tensor],
-    spec: QuantSpec,
-    reason: str,
-    accumulator: HessianAccumulator | None,
-) -> list[Quantized]:
-    """Quantize weights [N_i, K] under the Hessian of their common input, or plainly where there is none."""
-    hessian = None if accumulator is None else accumulator.hessian
-    stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if accumulator is not None and hessian is not None and accumulator.cross is not None:
-        stacked = matched_weight(stacked, hessian, accumulator.cross, getattr(spec.options, "damp", 0.01))
-    tensor = quantize_weight(" + ".join(paths), stacked, spec, hessian)
-    parts = [tensor] if len(weights) == 1 else tensor.split([w.shape[0] for w in weights])
-    return [
-        Quantized(part, measure(path, weight, part, reason, hessian))
-        for path, weight, part in zip(paths, weights, parts, strict=True)
-    ]
-
-
 def _quantize_at_once(
-    layer: MistralDecoderLayer, specs: Specs, activations: Activations, context: WalkContext, prefix: str
+    layer: MistralDecoderLayer,
+    load: Load,
+    setting: Setting,
+    activations: Activations,
+    context: WalkContext,
+    prefix: str,
 ) -> dict[str, Quantized]:
     """All Hessians of the block from its unquantized weights; then one more run with the quantized ones."""
-    unquantized = _Stream(layer, context, activations.hidden.clone(), frozen=True)
+    unquantized = _Stream(layer, context, activations.hidden.clone(), activations.buffer, frozen=True)
     gathered: dict[str, HessianAccumulator] = {}
     for stage, names in enumerate(STAGES):
+        _fill_stage([unquantized], stage, load)
         accumulator = HessianAccumulator(layer.get_submodule(names[0]).in_features)  # type: ignore[arg-type]
         for x in unquantized.inputs(stage):
             accumulator.add(x)
+        reduce(accumulator, setting.group)
         gathered |= dict.fromkeys(names, accumulator)
         unquantized.finish(stage)
     done: dict[str, Quantized] = {}
     for names in STAGES:
-        chosen = [name for name in names if specs[f"{prefix}.{name}"][0] is not None]
+        chosen = [name for name in names if setting.specs[f"{prefix}.{name}"][0] is not None]
         if chosen:
-            done |= _quantize_linears(layer, chosen, prefix, specs, gathered[names[0]])
-    quantized = _Stream(layer, context, activations.hidden)
+            done |= _quantize_linears(layer, chosen, prefix, setting, gathered[names[0]])
+    quantized = _Stream(layer, context, activations.hidden, activations.buffer)
     for stage in (1, 3):
         quantized.finish(stage)
+        quantized.drop(stage - 1, stage)
     return done
+
+
+def set_weight(module: nn.Module, weight: Tensor) -> None:
+    """Another weight in the place of a module's, on whatever device that was."""
+    module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
 
 def _frozen_copy(layer: MistralDecoderLayer) -> MistralDecoderLayer:

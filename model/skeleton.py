@@ -16,6 +16,7 @@ from ..quant.config import ConfigError, QuantSpec
 from . import mistral
 from .reader import CheckpointReader
 from .safetensors_header import CheckpointError
+from .source import Source
 
 CLASSES: dict[str, type[PreTrainedModel]] = {
     name: getattr(mistral, name)
@@ -73,7 +74,7 @@ def empty_model(
 
 
 def check_tensors(
-    reader: CheckpointReader,
+    reader: Source,
     model: nn.Module,
     dtype: torch.dtype | None,
     skip: Mapping[str, str] | None = None,
@@ -137,7 +138,7 @@ def stored_dtype(reader: CheckpointReader) -> torch.dtype:
     raise CheckpointError(f"{reader.folder} has no floating-point tensor, and config.json names no dtype")
 
 
-def check_depth(reader: CheckpointReader) -> None:
+def check_depth(reader: Source) -> None:
     """Compare the number of blocks before a model is built: a config can ask for any number of them."""
     found = {m[1] for name in reader.names if (m := re.match(r"(?:model\.)?layers\.(\d+)\.", name))}
     wanted = reader.config.get("num_hidden_layers", MistralConfig().num_hidden_layers)
@@ -174,7 +175,7 @@ def swap_modules(
         raise CheckpointError(f"{where}: quantization_config does not fit the model: {error}") from error
 
 
-def check_tied_copies(reader: CheckpointReader, model: nn.Module, ties: Mapping[str, str]) -> None:
+def check_tied_copies(reader: Source, model: nn.Module, ties: Mapping[str, str]) -> None:
     """A tied weight may be stored twice if both copies are equal; nothing else of one may be there."""
     for path, owner in ties.items():
         for name in [n for n in reader.names if n.startswith(f"{path}.")]:
@@ -183,13 +184,21 @@ def check_tied_copies(reader: CheckpointReader, model: nn.Module, ties: Mapping[
                 name == f"{path}.weight"
                 and other in reader.names
                 and reader.info(name) == reader.info(other)
-                and torch.equal(reader.tensor(name), reader.tensor(other))
+                and _equal(reader, name, other)
             )
             if not same:
                 raise CheckpointError(
                     f"{reader.folder}: config.json ties {path} to {owner} (tie_word_embeddings), but {name} "
                     f"is there and is not {other}; if the head is its own, set tie_word_embeddings to false"
                 )
+
+
+def _equal(source: Source, name: str, other: str) -> bool:
+    count = source.info(name)[1][0]
+    return all(
+        torch.equal(source.rows(name, i, i + 4096), source.rows(other, i, i + 4096))
+        for i in range(0, count - count % 4096, 4096)
+    ) and torch.equal(*(source.rows(n, count - count % 4096, count) for n in (name, other)))
 
 
 def some(names: list[str], limit: int = 6) -> str:

@@ -1,33 +1,45 @@
-"""Quantize a checkpoint block by block: read, quantize, write, free. The whole model is never in memory.
+"""Quantize a checkpoint step by step: read, quantize, write, free. The whole model is never in memory.
 
-Blocks are read from the memory-mapped shards in the order in which they run. Plain algorithms read each tensor
-once and see no data; under calibration the hidden states of all windows travel along, and each block is run once
-(:mod:`.sequential`).
+A step is the embedding, a block, or what comes after the blocks. Plain algorithms read each tensor once, in pieces,
+and see no data; under calibration the hidden states of all windows travel along, and each block is run once
+(:mod:`.sequential`). A step is written while the next one is computed, and put on record once it is on the disk
+(:mod:`.job`), so that a job which dies goes on behind it, and ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..quant.apply import Outcome, Report, Target, find_targets, measure, quantize_weight, resolve
-from ..quant.calibrate import HessianAccumulator
+from ..quant.apply import Outcome, Report, Target, find_targets, resolve
 from ..quant.config import ConfigError, QuantConfig, QuantSpec
-from ..quant.tensor import QuantizedTensor
+from .calibrated import CalibratedSteps, check_calibration
+from .group import Group, current_group, raise_together, share
+from .identity import job_identity
+from .job import JobFolder
+from .job_plan import Step, plan_steps, plan_tensors, tensors_of
+from .plain import PlainSteps, StepResult
 from .quantization_entry import quantization_entry
-from .reader import CheckpointReader
-from .rope import MistralRotaryEmbedding
-from .sequential import Activations, Specs, quantize_block, quantize_under
-from .skeleton import check_depth, check_tensors, empty_model
-from .walk import WalkContext, walk_context
-from .writer import CheckpointWriter
+from .safetensors_header import CheckpointError
+from .shards import ShardFiles
+from .skeleton import check_depth, check_tensors, check_tied_copies, empty_model
+from .source import Source, open_source
+from .trouble import Policy
+from .writer import complete_folder
 
 Progress = Callable[[str, int, int], None]
 REPORT = "quantization_report.json"
+_PIECE = 1 << 24
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C; the message says what is kept."""
 
 
 def quantize_checkpoint(
@@ -37,212 +49,304 @@ def quantize_checkpoint(
     *,
     calibration: Tensor | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    memory: str = "memory",
+    policy: Policy | None = None,
+    max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize the checkpoint in folder ``src`` into a new folder ``out``, which appears only when it is whole.
 
+    Where torch's default process group is there (torchrun), all its processes call this, with one ``out`` that all of
+    them can write to: blocks are shared out among them, or, under calibration, the windows.
+
     Args:
         config: the rules; every module they leave out is copied as it is.
         calibration: token ids int64 [windows, length], needed where ``config.needs_calibration``.
-        overwrite: replace ``out`` if it is there.
-        progress: called with (what, done, total) after every block.
+        overwrite: replace ``out`` if it is there, and begin anew where an unfinished job is.
+        resume: go on with an unfinished job of the same arguments; the result is the same to the bit.
+        memory: where the activations of the calibration windows are kept: ``memory``, or ``file`` (beside ``out``).
+        policy: what is done about weights and Hessians that cannot be quantized.
+        max_shard_bytes: a tensor that would make a shard larger than this begins the next one.
+        progress: called with (what, done, total) after every step.
 
     Returns:
         What became of every module; also written to ``out`` as ``quantization_report.json``.
 
     Raises:
         ConfigError: the rules do not fit the model, or calibration data is missing.
-        CheckpointError: ``src`` cannot be read, is quantized already, or ``out`` is there and is to stay.
-        ValueError: token ids outside the vocabulary, a weight that is not finite, a Hessian that has no factor.
+        CheckpointError: ``src`` cannot be read, is quantized already, or changes underneath; ``out`` is there and is to
+            stay; another process writes it; an unfinished job is in the way, or another one than this.
+        TroubleError: a weight or a Hessian cannot be quantized, and the policy is to fail.
+        ValueError: token ids outside the vocabulary.
+        OSError: the disk is full. What was finished is kept, and can be resumed.
     """
-    return _Job(src, out, config, calibration, progress or (lambda *_: None)).run(overwrite)
+    job = _Job(open_source(src), src, config, calibration, memory, policy or Policy(), max_shard_bytes)
+    return job.run(out, overwrite, resume, progress or (lambda *_: None))
 
 
 class _Job:
     """One run of :func:`quantize_checkpoint`: where tensors come from and go to, and what was done so far."""
 
     def __init__(
-        self, src: Path, out: Path, config: QuantConfig, calibration: Tensor | None, progress: Progress
+        self,
+        source: Source,
+        src: Path,
+        config: QuantConfig,
+        calibration: Tensor | None,
+        memory: str,
+        policy: Policy,
+        max_shard_bytes: int,
     ) -> None:
-        self.reader = CheckpointReader(src)
-        if "quantization_config" in self.reader.config:
-            raise ConfigError(f"{src} is quantized already: quantize the checkpoint that it was made from")
-        self.out = out
+        self.source = source
         self.config = config
-        self.progress = progress
-        check_depth(self.reader)
-        self.model = empty_model(self.reader.config, str(src / "config.json"), attn_implementation="sdpa")
-        ties = self.model.get_expanded_tied_weights_keys(all_submodels=True)
-        check_tensors(self.reader, self.model, None, {k.removesuffix(".weight"): v for k, v in ties.items()})
-        self.targets = {target.path: target for target in find_targets(self.model)}
-        self.specs: Specs = resolve(config, self.targets.values())
-        self.left = set(self.reader.names)
+        self.max_shard_bytes = max_shard_bytes
+        self.group: Group = current_group()
+        if "quantization_config" in source.config:
+            raise ConfigError(f"{src} is quantized already: quantize the checkpoint that it was made from")
+        check_depth(source)
+        model = empty_model(source.config, str(source.folder / "config.json"), attn_implementation="sdpa")
+        self.targets: dict[str, Target] = {target.path: target for target in find_targets(model)}
+        ties = {t.path: t.tied_to for t in self.targets.values() if t.tied_to is not None}
+        check_tied_copies(source, model, ties)
+        check_tensors(source, model, None, ties)
+        self.resolved: dict[str, tuple[QuantSpec | None, str]] = resolve(config, self.targets.values())
+        self.steps: list[Step] = plan_steps(source, model, self.targets)
         self.outcomes: dict[str, Outcome] = {}
-        self.blocks = _blocks(self.model)
-        self.calibrated = [
-            p for p, (spec, _) in self.specs.items() if spec is not None and spec.needs_hessian
-        ]
-        self.context: WalkContext | None = None
-        self.calibration = self._check_calibration(calibration) if self.calibrated else None
-
-    def run(self, overwrite: bool) -> Report:
-        with CheckpointWriter(self.out, overwrite=overwrite) as self.writer, torch.no_grad():
-            total = len(self.blocks) + 2
-            activations = self._embed()
-            self.progress("embedding", 1, total)
-            for index, (path, layer) in enumerate(self.blocks):
-                activations = self._block(index, path, layer, activations)
-                self.progress(path, index + 2, total)
-            self._rest(activations)
-            self.progress("head", total, total)
-            report = Report([self._outcome(t) for t in self.targets.values()])
-            self.writer.finish(
-                {**self.reader.config, "quantization_config": quantization_entry(self.config, self.specs)},
-                copy_from=self.reader.folder,
-                extra_files={REPORT: json.dumps(report.to_dict(), indent=1) + "\n"},
+        needy = [p for p, (spec, _) in self.resolved.items() if spec is not None and spec.needs_hessian]
+        ids = (
+            check_calibration(calibration, needy, self.steps, source.config["vocab_size"]) if needy else None
+        )
+        self.worker: PlainSteps | CalibratedSteps
+        if ids is None:
+            self.worker = PlainSteps(source, self.targets, self.resolved, policy)
+        else:
+            self.worker = CalibratedSteps(
+                source,
+                model,
+                self.targets,
+                self.resolved,
+                policy,
+                self.group,
+                config.calibration,
+                ids,
+                memory,
             )
+        self.identity = job_identity(source, config, policy, max_shard_bytes, ids, self.group.world)
+
+    @property
+    def specs(self) -> dict[str, QuantSpec | None]:
+        return {path: spec for path, (spec, _) in self.resolved.items()}
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        return quantization_entry(self.config, self.resolved)
+
+    def run(self, out: Path, overwrite: bool, resume: bool, progress: Progress) -> Report:
+        self.progress = progress
+        self.job: JobFolder | None = None
+        error: Exception | None = None
+        if self.group.rank == 0:
+            try:
+                self.job = JobFolder(out, self.identity, overwrite=overwrite, resume=resume)
+            except Exception as failed:
+                error = failed
+        raise_together(self.group, error)
+        try:
+            with torch.no_grad():
+                self._steps(out)
+                return self._finish()
+        except BaseException as failed:
+            self._leave(failed)
+            raise
+        finally:
+            if self.job is not None:
+                self.job.close()
+
+    def _steps(self, out: Path) -> None:
+        first = self.group.gather(None if self.job is None else (self.job.folder, self.job.records))[0]
+        assert first is not None
+        folder, records = first
+        done = [record for line in records for record in line["steps"]]
+        for record in done:
+            self._take(record)
+        generation = records[-1]["generation"] if records else 0
+        planned = plan_tensors(self.steps, self.source, self.targets, self.specs, self.entry)
+        begins = self.group.rank == 0 and not records
+        error = None
+        try:
+            self.shards = ShardFiles(folder, planned, self.max_shard_bytes, generation, create=begins)
+            if self.job is not None:
+                self.shards.reclaim()
+                self.job.start()
+        except OSError as failed:
+            error = failed
+        raise_together(self.group, error)
+        self.shards.open()
+        finished = sorted(record["step"] for record in done)
+        self.worker.resume(folder.parent, self.shards, [self.steps[i] for i in finished])
+        left = [i for i in range(len(self.steps)) if i not in finished]
+        size = self.group.world if self.worker.shared_out else 1
+        self._old: list[Path] = []
+        self._line: dict[str, Any] | None = None
+        with ThreadPoolExecutor(1) as writer:
+            pending: Future[None] | None = None
+            for start in range(0, len(left), size):
+                mine = (
+                    [left[start + i] for i in share(min(size, len(left) - start), self.group)]
+                    if size > 1
+                    else []
+                )
+                index = (mine[0] if mine else None) if size > 1 else left[start]
+                pending = self._round(index, size > 1, writer, pending)
+            self._settle(pending, None)
+
+    def _round(
+        self, index: int | None, shared: bool, writer: ThreadPoolExecutor, pending: Future[None] | None
+    ) -> Future[None] | None:
+        """Compute a step, then see that the one before is written and on record, then begin to write this one."""
+        result, error = None, None
+        try:
+            result = None if index is None else self.worker.compute(self.steps[index], index)
+        except Exception as failed:
+            error = failed
+        self._settle(pending, error)
+        mine = None if result is None or index is None else result.record(index)
+        gathered = [record for record in self.group.gather(mine) if record is not None]
+        if not shared:
+            if any(record != gathered[0] for record in gathered):
+                raise RuntimeError("the processes of the job did not come to the same weights: report this")
+            gathered = gathered[:1]
+        for record in gathered:
+            self._take(record)
+        if any(record["changes"] for record in gathered):
+            self._relay()
+        line = {"generation": self.shards.generation, "steps": gathered}
+        alone = self.group.world == 1
+        self._line = None if alone else line
+        if result is None or index is None or not (shared or self.group.rank == 0):
+            return None
+        return writer.submit(self._write, self.steps[index], result, line if alone else None)
+
+    def _settle(self, pending: Future[None] | None, error: Exception | None) -> None:
+        """Wait for what is being written, at every process, and put it on record where the writer has not."""
+        try:
+            if pending is not None:
+                pending.result()
+        except Exception as failed:
+            error = error or failed
+        raise_together(self.group, error)
+        if self._line is not None:
+            self._put_on_record(self._line)
+            self._line = None
+
+    def _put_on_record(self, line: dict[str, Any]) -> None:
+        indices = [record["step"] for record in line["steps"]]
+        for index in indices:
+            self.worker.sync(index)
+        self.group.gather(None)  # the windows of every process are behind the step
+        if self.job is not None:
+            self.job.append(line)
+            self.shards.forget(self._old)
+            self.progress(self.steps[indices[-1]].name, self.job.done, len(self.steps))
+        self._old = []
+        self.worker.on_record(indices[-1])
+
+    def _take(self, record: dict[str, Any]) -> None:
+        """Know what a step came to: its outcomes, and modules that became something else than the rules say."""
+        for data in record["outcomes"]:
+            outcome = Outcome.from_dict(data)
+            self.outcomes[outcome.path] = outcome
+        for path in record["changes"]:
+            outcome = self.outcomes[path]
+            for target in self.targets.values():
+                if path in (target.path, target.tied_to):
+                    self.resolved[target.path] = (outcome.spec, outcome.reason)
+
+    def _relay(self) -> None:
+        """Lay the shards out anew, after a module became something else than was planned."""
+        planned = plan_tensors(self.steps, self.source, self.targets, self.specs, self.entry)
+        generation = self.shards.generation + 1
+        error = None
+        if self.job is not None:
+            done = [self.steps[record["step"]] for line in self.job.records for record in line["steps"]]
+            names = [name for step in done for name in tensors_of(step, self.specs, self.targets)]
+            try:
+                self._old = self.shards.relay(planned, generation, names)
+            except OSError as failed:
+                error = failed
+        raise_together(self.group, error)
+        if self.job is None:
+            self.shards.set_plan(planned, generation)
+            self.shards.open()
+
+    def _write(self, step: Step, result: StepResult, line: dict[str, Any] | None) -> None:
+        """Write a step, wait for the disk, and put it on record where this process is alone."""
+        for name, tensor in result.tensors.items():
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            self.shards.write(name, data)
+        result.tensors.clear()
+        for name in step.copied(self.specs):
+            self._copy(name)
+        self.shards.sync(tensors_of(step, self.specs, self.targets))
+        self.source.check_unchanged()
+        if line is not None:
+            self._put_on_record(line)
+
+    def _copy(self, name: str) -> None:
+        dtype, shape = self.source.info(name)
+        count = shape[0] if shape else 1
+        if not torch.Size(shape).numel():
+            return
+        width = torch.Size(shape).numel() // count * dtype.itemsize
+        rows = max(1, _PIECE // width)
+        for start in range(0, count, rows):
+            piece = self.source.rows(name, start, min(start + rows, count)).to(dtype)
+            data = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            self.shards.write(name, data, start * width)
+
+    def _finish(self) -> Report:
+        report = Report([self._outcome(t) for t in self.targets.values()])
+        error = None
+        if self.job is not None:
+            try:
+                self._complete(self.job, report)
+            except Exception as failed:
+                error = failed
+        raise_together(self.group, error)
         return report
 
-    def _check_calibration(self, ids: Tensor | None) -> Tensor:
-        names = ", ".join(self.calibrated[:3])
-        if ids is None:
-            raise ConfigError(
-                f"{names} and {len(self.calibrated) - 1} more need calibration data: pass token ids"
-            )
-        unknown = [p for p in self.calibrated if not self._has_inputs(p)]
-        if unknown:
-            raise ConfigError(
-                f"no calibration inputs are gathered for {', '.join(unknown)}: give a rule with rtn"
-            )
-        vocabulary = self.reader.config["vocab_size"]
-        if ids.ndim != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
-            raise ValueError(
-                f"calibration must be int64 [windows, length], got {ids.dtype} {list(ids.shape)}"
-            )
-        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-            raise ValueError(
-                f"calibration ids must be 0..{vocabulary - 1}, got {int(ids.min())}..{int(ids.max())}: "
-                "they come from another tokenizer"
-            )
-        return ids
-
-    def _has_inputs(self, path: str) -> bool:
-        return path == "lm_head" or any(path.startswith(block + ".") for block, _ in self.blocks)
-
-    def _read(self, name: str) -> Tensor:
-        self.left.discard(name)
-        return self.reader.tensor(name)
-
-    def _write(self, path: str, q: QuantizedTensor, outcome: Outcome) -> None:
-        self.left.discard(f"{path}.weight")
-        for name, tensor in q.tensors.items():
-            self.writer.add(f"{path}.{name}", tensor)
-        self.outcomes[path] = outcome
-
-    def _copy(self, names: list[str]) -> None:
-        for name in names:
-            self.writer.add(name, self._read(name))
-
-    def _plain(self, path: str) -> QuantizedTensor:
-        """Quantize a weight that needs no calibration, straight from its shard."""
-        spec, reason = self.specs[path]
-        assert spec is not None
-        weight = self._read(f"{path}.weight")
-        q = quantize_weight(path, weight, spec)
-        self._write(path, q, measure(path, weight, q, reason))
-        return q
-
-    def _embed(self) -> Activations | None:
-        """Write the embedding; under calibration return the windows' hidden states in front of the first block."""
-        path = next((p for p, t in self.targets.items() if t.kind == "embedding"), None)
-        if path is None:
-            return None
-        q = self._plain(path) if self.specs[path][0] is not None else None
-        if q is None:
-            self._copy([f"{path}.weight"])
-        if self.calibration is None:
-            return None
-        source = self.reader.tensor(f"{path}.weight")
-        full = nn.functional.embedding(self.calibration, source).to(torch.float32)
-        hidden = full
-        if q is not None:
-            hidden = nn.functional.embedding(self.calibration, q.dequantize(torch.float32))
-        wants_full = self.config.calibration.target == "full"
-        return Activations(hidden, full.clone() if wants_full else None)
-
-    def _block(
-        self, index: int, path: str, layer: nn.Module, activations: Activations | None
-    ) -> Activations | None:
-        names = [n for n in self.reader.names if n.startswith(path + ".")]
-        quantized = [p for p in self.targets if p.startswith(path + ".") and self.specs[p][0] is not None]
-        if activations is None or not self._needed_from(index):
-            for p in quantized:
-                self._plain(p)
-            self._copy([n for n in names if n in self.left])
-            return None
-        _fill(layer, {n[len(path) + 1 :]: self._read(n).to(torch.float32) for n in names})
-        if self.context is None:
-            rotary = MistralRotaryEmbedding(self.model.config)  # type: ignore[arg-type]
-            self.context = walk_context(rotary.config, rotary, activations.hidden.shape[1], torch.float32)
-        done = quantize_block(
-            layer,  # type: ignore[arg-type]
-            self.specs,
-            activations,
-            self.context,
-            self.config.calibration,
-            path,
+    def _complete(self, job: JobFolder, report: Report) -> None:
+        self.shards.close()
+        files = [(self.shards.path(i).name, list(shard.begins)) for i, shard in enumerate(self.shards.shards)]
+        complete_folder(
+            job.folder,
+            files,
+            self.shards.nbytes,
+            {**self.source.config, "quantization_config": self.entry},
+            self.source.folder,
+            {REPORT: json.dumps(report.to_dict(), indent=1) + "\n"},
         )
-        for p, result in done.items():
-            self._write(p, result.tensor, result.outcome)
-        self._copy([n for n in names if n.removesuffix(".weight") not in done])
-        layer.to("meta")
-        return activations
+        job.commit()
 
-    def _needed_from(self, index: int) -> bool:
-        """Whether anything from block ``index`` on is quantized under calibration."""
-        later = [path for path, _ in self.blocks[index:]]
-        return any(p == "lm_head" or any(p.startswith(b + ".") for b in later) for p in self.calibrated)
-
-    def _rest(self, activations: Activations | None) -> None:
-        """The final norm, the head, and whatever else the checkpoint holds."""
-        for path, (spec, reason) in self.specs.items():
-            if spec is None or path in self.outcomes or self.targets[path].tied_to is not None:
-                continue
-            if not spec.needs_hessian:
-                self._plain(path)
-                continue
-            assert activations is not None
-            self._head(path, spec, reason, activations)
-        self._copy(sorted(self.left))
-
-    def _head(self, path: str, spec: QuantSpec, reason: str, activations: Activations) -> None:
-        norm = self.model.get_submodule("model.norm")
-        _fill(norm, {"weight": self.reader.tensor("model.norm.weight").to(torch.float32)})
-        accumulator = HessianAccumulator(activations.hidden.shape[-1], cross=activations.full is not None)
-        for i in range(activations.hidden.shape[0]):
-            full = None if activations.full is None else norm(activations.full[i])
-            accumulator.add(norm(activations.hidden[i]), full)
-        weight = self._read(f"{path}.weight").to(torch.float32)
-        (result,) = quantize_under([path], [weight], spec, reason, accumulator)
-        self._write(path, result.tensor, result.outcome)
+    def _leave(self, error: BaseException) -> None:
+        """An end before the end: what is on record stays, a job without a finished step goes."""
+        if hasattr(self, "shards"):
+            self.shards.close()
+        done = 0 if self.job is None else self.job.done
+        if self.job is not None and not done:
+            self.job.discard()
+        if isinstance(error, KeyboardInterrupt):
+            kept = (
+                f"{done} of {len(self.steps)} steps are kept: resume to go on" if done else "nothing is kept"
+            )
+            raise Interrupted(f"interrupted; {kept}") from None
+        if isinstance(error, OSError | CheckpointError) and done:
+            error.add_note(f"{done} of {len(self.steps)} steps are kept: resume to go on")
 
     def _outcome(self, target: Target) -> Outcome:
-        spec, reason = self.specs[target.path]
+        spec, reason = self.resolved[target.path]
         if target.path in self.outcomes:
             return self.outcomes[target.path]
         # tied: the owner's tensors serve, so no bytes of its own
         return Outcome(target.path, target.shape, spec, reason, 0 if spec is not None else None)
-
-
-def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The decoder blocks with their paths, in the order in which they run."""
-    layers = next(((p, m) for p, m in model.named_modules() if isinstance(m, nn.ModuleList)), None)
-    if layers is None:
-        raise ConfigError(f"{type(model).__name__} has no list of decoder blocks")
-    path, modules = layers
-    return [(f"{path}.{i}", block) for i, block in enumerate(modules)]
-
-
-def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give a module on the meta device its parameters; they must be exactly these."""
-    module.load_state_dict(tensors, strict=True, assign=True)

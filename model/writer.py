@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from .atomic import AtomicFolder, write_file
 from .quantization_entry import guard_of
-from .reader import INDEX, SINGLE, inside
-from .safetensors_header import DTYPE_NAMES, DTYPES, CheckpointError
+from .reader import INDEX
+from .safetensors_header import DTYPE_NAMES, CheckpointError
+from .shards import Planned, final_name, lay_out_shard
+from .tensor_files import inside
 
 # What goes with the weights from the folder they come from. Its README is not: it describes other weights.
 COMPANIONS = (
@@ -140,18 +142,8 @@ class CheckpointWriter:
             self._close_shard()
         if not self._shards:
             raise CheckpointError(f"no tensor was added to {self.out}")
-        self._name_shards(path)
-        contents = {key: value for key, value in config.items() if key != "auto_map"}
-        write_file(path / "config.json", _json(contents))
-        extra = dict(extra_files or {})
-        for name, text in extra.items():
-            if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
-                raise CheckpointError(f"{name!r} is not the plain name of a file")
-            if (path / name).exists():
-                raise CheckpointError(f"{name} is written by the checkpoint itself; choose another name")
-            write_file(path / name, text.encode("utf-8"))
-        if copy_from is not None:
-            self._copy_companions(Path(copy_from), path, set(extra))
+        shards = [(f"shard-{number}", names) for number, names in enumerate(self._shards)]
+        complete_folder(path, shards, self._total, config, copy_from, extra_files)
         folder, self._folder = self._folder, None
         assert folder is not None
         try:
@@ -171,50 +163,65 @@ class CheckpointWriter:
         path = self._path()
         spool = self._spool
         assert spool is not None
-        ranks = list(DTYPES.values())
-        order = sorted(self._pending, key=lambda name: (ranks.index(self._pending[name][0]), name))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name in order:
-            dtype, shape, begin, end = self._pending[name]
-            offsets = [at, at + end - begin]
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
-            at = offsets[1]
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-        # blanks may follow the header; with these, tensors of the usual widths lie on cache lines when mapped
-        text += b" " * (-(8 + len(text)) % 64)
+        shard = lay_out_shard(
+            [Planned(name, dtype, shape) for name, (dtype, shape, _, _) in self._pending.items()]
+        )
         with (path / f"shard-{len(self._shards)}").open("xb", buffering=0) as file:
-            _write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
-            for name in order:
+            _write_all(file, memoryview(shard.header))
+            for name in shard.begins:
                 _, _, begin, end = self._pending[name]
                 _copy_range(spool, file, begin, end - begin)
             os.fsync(file.fileno())
         spool.close()
         (path / _SPOOL).unlink()
         self._spool = None
-        self._shards.append(order)
+        self._shards.append(list(shard.begins))
         self._total += self._filled
         self._pending, self._filled = {}, 0
 
-    def _name_shards(self, path: Path) -> None:
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards):
-            final = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            os.rename(path / f"shard-{number}", path / final)
-            weight_map.update(dict.fromkeys(names, final))
-        if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-            write_file(path / INDEX, _json(index))
 
-    @staticmethod
-    def _copy_companions(source: Path, path: Path, taken: set[str]) -> None:
-        found = {p.name for pattern in COMPANIONS for p in source.glob(pattern)}
-        for name in sorted(found - taken):
-            with inside(source, name).open("rb") as original, (path / name).open("xb") as copy:
-                shutil.copyfileobj(original, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
+def complete_folder(
+    path: Path,
+    shards: Sequence[tuple[str, Iterable[str]]],
+    total: int,
+    config: Mapping[str, Any],
+    copy_from: str | Path | None,
+    extra_files: Mapping[str, str] | None,
+) -> None:
+    """Give the shards of a folder their names, and write everything beside them: see :meth:`CheckpointWriter.finish`.
+
+    Args:
+        shards: the present name of each file, and its tensors. total: bytes of all tensors.
+    """
+    count = len(shards)
+    weight_map: dict[str, str] = {}
+    for number, (present, names) in enumerate(shards):
+        final = final_name(number, count)
+        os.rename(path / present, path / final)
+        weight_map.update(dict.fromkeys(names, final))
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_file(path / INDEX, _json(index))
+    contents = {key: value for key, value in config.items() if key != "auto_map"}
+    write_file(path / "config.json", _json(contents))
+    extra = dict(extra_files or {})
+    for name, text in extra.items():
+        if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
+            raise CheckpointError(f"{name!r} is not the plain name of a file")
+        if (path / name).exists():
+            raise CheckpointError(f"{name} is written by the checkpoint itself; choose another name")
+        write_file(path / name, text.encode("utf-8"))
+    if copy_from is not None:
+        _copy_companions(Path(copy_from), path, set(extra))
+
+
+def _copy_companions(source: Path, path: Path, taken: set[str]) -> None:
+    found = {p.name for pattern in COMPANIONS for p in source.glob(pattern)}
+    for name in sorted(found - taken):
+        with inside(source, name).open("rb") as original, (path / name).open("xb") as copy:
+            shutil.copyfileobj(original, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -15,6 +15,9 @@ from .config import ConfigError, QuantConfig, QuantSpec, Rule
 from .linear import QuantEmbedding, QuantLinear
 from .tensor import QuantizedTensor, Shape, groups_per_row
 
+# rows of a weight that are measured at once
+_ROWS = 2048
+
 
 @dataclass(frozen=True)
 class Target:
@@ -39,9 +42,17 @@ class Outcome:
     relative_error: float | None = None
     # tr((W - Q) H (W - Q)^T) / tr(W H W^T) on the calibration inputs
     output_error: float | None = None
+    # what was wrong with the weight or its Hessian, in words
+    trouble: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "spec": None if self.spec is None else self.spec.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Outcome:
+        """Inverse of :meth:`to_dict`, also after JSON."""
+        spec = None if data["spec"] is None else QuantSpec.from_dict(data["spec"])
+        return cls(**{**data, "spec": spec, "shape": (data["shape"][0], data["shape"][1])})
 
 
 @dataclass
@@ -133,16 +144,19 @@ def quantize_weight(path: str, w: Tensor, spec: QuantSpec, hessian: Tensor | Non
 
 def measure(path: str, w: Tensor, q: QuantizedTensor, reason: str, hessian: Tensor | None = None) -> Outcome:
     """The outcome of a quantized weight, with its error in the weights and, given a Hessian, in the outputs."""
-    w32 = w.to(torch.float32)
-    error = w32 - q.dequantize(torch.float32)
-    norm = float(w32.square().sum())
-    relative = float(error.square().sum()) / norm if norm else 0.0
-    output = None
-    if hessian is not None:
-        h = hessian.to(torch.float32)
-        reference = float(((w32 @ h) * w32).sum())
-        output = float(((error @ h) * error).sum()) / reference if reference else 0.0
-    return Outcome(path, q.shape, q.spec, reason, q.nbytes, relative, output)
+    totals = torch.zeros(4, dtype=torch.float64)
+    h = None if hessian is None else hessian.to(torch.float32)
+    for start in range(0, w.shape[0], _ROWS):
+        stop = min(start + _ROWS, w.shape[0])
+        part = w[start:stop].to(torch.float32)
+        error = part - q.dequantize(torch.float32, start, stop)
+        totals[0] += float(error.square().sum())
+        totals[1] += float(part.square().sum())
+        if h is not None:
+            totals[2] += float(torch.linalg.vecdot(error @ h, error).sum())
+            totals[3] += float(torch.linalg.vecdot(part @ h, part).sum())
+    relative, output = (float(a / b) if float(b) else 0.0 for a, b in totals.view(2, 2))
+    return Outcome(path, q.shape, q.spec, reason, q.nbytes, relative, None if h is None else output)
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
@@ -175,6 +189,7 @@ def swap(model: nn.Module, specs: Mapping[str, QuantSpec], dtype: torch.dtype) -
 def tie_quantized(head: QuantLinear, embedding: QuantEmbedding) -> None:
     """Let the head read the embedding's tensors."""
     head.set_quantized(embedding.quantized())
+    head.tied = True
 
 
 def quantize_model(model: nn.Module, config: QuantConfig, dtype: torch.dtype | None = None) -> Report:
@@ -200,11 +215,12 @@ def quantize_model(model: nn.Module, config: QuantConfig, dtype: torch.dtype | N
         q = made[target.tied_to] if target.tied_to else quantize_weight(target.path, weight, spec)
         made[target.path] = q
         report.outcomes.append(measure(target.path, weight, q, reason))
-        new: nn.Module
+        new: QuantEmbedding | QuantLinear
         if isinstance(module, nn.Embedding):
             new = QuantEmbedding.from_quantized(q, dtype or weight.dtype, module.padding_idx)
         else:
             new = QuantLinear.from_quantized(q, None if module.bias is None else module.bias.detach())
+            new.tied = target.tied_to is not None
         replace_module(model, target.path, new)
     return report
 

@@ -7,6 +7,13 @@ from torch import Tensor
 
 # stripes of the Hessian; only those on and above the diagonal are multiplied, the rest is their mirror image
 _STRIPES = 3
+# rows of a Hessian, and rows of a weight, that are worked on at once where a copy of all would be too large
+_MIRROR = 2048
+_ROWS = 4096
+
+
+class HessianError(ValueError):
+    """A Hessian that is not positive definite even at the greatest damping, or is not finite."""
 
 
 class HessianAccumulator:
@@ -44,13 +51,27 @@ class HessianAccumulator:
 
     @property
     def hessian(self) -> Tensor:
-        """X^T X, fp32 [K, K], symmetric to the bit."""
-        return self._h.triu() + self._h.triu(1).t()
+        """X^T X, fp32 [K, K], symmetric to the bit; the accumulator's own memory, which :meth:`add` goes on with."""
+        width = self._h.shape[0]
+        for start in range(0, width, _MIRROR):
+            part = slice(start, start + _MIRROR)
+            block = self._h[part, part]
+            block.copy_(block.triu() + block.triu(1).t())
+            self._h[start + _MIRROR :, part] = self._h[part, start + _MIRROR :].t()
+        return self._h
 
     @property
     def cross(self) -> Tensor | None:
         """X_full^T X, fp32 [K, K], or None."""
         return self._cross
+
+    def parts(self) -> list[Tensor]:
+        """The sums themselves, for processes that add up theirs."""
+        return [self._h] if self._cross is None else [self._h, self._cross]
+
+    def drop_cross(self) -> None:
+        """Give back the memory of the cross term, once it has been used."""
+        self._cross = None
 
 
 def matched_weight(w: Tensor, hessian: Tensor, cross: Tensor, damp: float) -> Tensor:
@@ -59,10 +80,38 @@ def matched_weight(w: Tensor, hessian: Tensor, cross: Tensor, damp: float) -> Te
     ``||W X_full^T - V X^T||^2 + a ||V - W||^2`` is least at ``V = (W C + a W) (H + a I)^-1`` with C = X_full^T X and
     a = damp * mean(diag H). Quantizing V instead of W under H then minimises the distance to the full model's
     outputs up to a constant: the asymmetric calibration of GPTAQ (arXiv:2504.02692), solved before rounding.
+
+    Besides H in float64 nothing of its size is held.
+
+    Raises:
+        HessianError: the damped Hessian is not positive definite, or not finite.
     """
+    width = hessian.shape[0]
     h = hessian.to(torch.float64)
-    w64 = w.to(torch.float64)
     ridge = damp * float(h.diagonal().mean())
     h.diagonal().add_(ridge)
-    right = w64 @ cross.to(torch.float64) + ridge * w64
-    return torch.cholesky_solve(right.t(), torch.linalg.cholesky(h)).t().to(torch.float32)
+    factor = cholesky_in_place(h)
+    if factor is None:
+        raise HessianError(
+            f"the Hessian [{width}, {width}] is not positive definite with damping {damp:g} of its mean diagonal: "
+            "use more calibration text, or set the calibration's target to quantized"
+        )
+    out = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+    for start in range(0, w.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        w64 = w[rows].to(torch.float64)
+        right = ridge * w64
+        for first in range(0, width, _MIRROR):
+            part = slice(first, first + _MIRROR)
+            right.addmm_(w64[:, part], cross[part].to(torch.float64))
+        out[rows] = torch.cholesky_solve(right.t(), factor).t()
+    return out
+
+
+def cholesky_in_place(h: Tensor) -> Tensor | None:
+    """The lower factor of h fp64 [K, K], symmetric and contiguous, in h's own memory; None where there is none."""
+    # symmetric: the transpose is the same matrix, laid out by columns as LAPACK wants it, so that nothing is copied
+    columns = h.t()
+    info = torch.empty((), dtype=torch.int32, device=h.device)
+    torch.linalg.cholesky_ex(columns, out=(columns, info))
+    return None if int(info) else columns

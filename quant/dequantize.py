@@ -15,7 +15,8 @@ from .formats import FORMATS
 from .packing import unpack_codes
 
 if TYPE_CHECKING:
-    from .tensor import QuantizedTensor
+    from .config import QuantSpec
+    from .tensor import Params, QuantizedTensor
 
 # weights decoded at a time: codes and result of a chunk stay in a core's L2 cache
 _CHUNK = 1 << 17
@@ -23,19 +24,22 @@ _CHUNK = 1 << 17
 
 def dequantize_rows(q: QuantizedTensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Rows ``start`` to ``stop`` of the weight [N, K], computed in fp32 and rounded once to ``dtype``."""
-    fmt = FORMATS[q.spec.format]
-    width = q.shape[1]
-    packed = q.tensors["qweight"]
-    params = q.params(start, stop)
+    return decode_packed(q.tensors["qweight"][start:stop], q.params(start, stop), q.spec, q.shape[1], dtype)
+
+
+def decode_packed(packed: Tensor, params: Params, spec: QuantSpec, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows of packed codes uint8 [R, B] and their parameters -> weights [R, ``width``]."""
+    fmt = FORMATS[spec.format]
+    rows = packed.shape[0]
     groups = params.scale.shape[1]
-    out = torch.empty(stop - start, width, dtype=dtype, device=packed.device)
+    out = torch.empty(rows, width, dtype=dtype, device=packed.device)
     pairs = None
     if fmt.bits == 4 and params.g_idx is None and width % 2 == 0:
-        pairs = _pairs(q.spec.format, q.spec.symmetric, packed.device)
+        pairs = _pairs(spec.format, spec.symmetric, packed.device)
     step = max(1, _CHUNK // width)
-    for first in range(0, stop - start, step):
-        part = slice(first, min(first + step, stop - start))
-        codes = packed[start + part.start : start + part.stop]
+    for first in range(0, rows, step):
+        part = slice(first, min(first + step, rows))
+        codes = packed[part]
         target = out[part]
         scale, zero = params.scale[part], None if params.zero is None else params.zero[part]
         if pairs is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .calibrate import HessianError, cholesky_in_place
 from .formats import FORMATS, Grid
 from .refine import refine
 from .scales import choose_params, stored_params
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # channels that gather together inside a block
 _STRIP = 32
+# channels that the factorization works on at once
+_PANEL = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +84,6 @@ class GPTQOptions:
         return self.act_order and not self.static_groups
 
 
-class HessianError(ValueError):
-    """A Hessian that is not positive definite even at the greatest damping, or is not finite."""
-
-
 def gptq(w: Tensor, spec: QuantSpec, hessian: Tensor | None) -> QuantizedTensor:
     """Quantize a weight [N, K] of any float dtype under ``hessian`` [K, K] = X^T X, up to any positive factor.
 
@@ -101,9 +100,10 @@ def gptq(w: Tensor, spec: QuantSpec, hessian: Tensor | None) -> QuantizedTensor:
         )
     options: GPTQOptions = spec.options
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if options.act_order else None
-    damped, factor = factorize(hessian, options, order)
+    share, factor = factorize(hessian, options, order)
+    # always a copy: the errors are carried over in it
     columns = w.to(torch.float32).t()
-    columns = columns.contiguous() if order is None else columns[order]
+    columns = columns.clone(memory_format=torch.contiguous_format) if order is None else columns[order]
     groups = groups_per_row(spec, (rows, width))
 
     if options.static_groups or groups == 1:
@@ -114,64 +114,112 @@ def gptq(w: Tensor, spec: QuantSpec, hessian: Tensor | None) -> QuantizedTensor:
         )
     else:
         codes, exact = _solve_with_moving_groups(columns, spec, factor, order)
+    del columns, factor
     codes = (codes if order is None else torch.empty_like(codes).index_copy_(0, order, codes)).t()
     if options.refits:
+        damped = damp(hessian, share)
         codes, exact = refine(w.to(torch.float32), spec, codes, exact, damped, options.refits)
     return QuantizedTensor.assemble(spec, codes.contiguous(), exact)
 
 
-def factorize(hessian: Tensor, options: GPTQOptions, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(damped Hessian fp64 [K, K], its inverse factor fp32 [K, K] in processing order).
+def dead_channels(hessian: Tensor) -> Tensor:
+    """Input channels that calibration never excited: bool [K]."""
+    return hessian.diagonal() <= 0
 
-    A channel that calibration never excited (zero diagonal) is tied to no other, so it is rounded plainly.
+
+def damp(hessian: Tensor, share: float, order: Tensor | None = None) -> Tensor:
+    """The Hessian in fp64 [K, K], its channels in ``order``, with ``share`` of the mean diagonal added to the diagonal.
+
+    A channel that calibration never excited (zero diagonal) gets the mean: tied to no other, it is rounded plainly.
+    """
+    width = hessian.shape[0]
+    diagonal = hessian.diagonal().to(torch.float64)
+    dead = dead_channels(hessian)
+    mean = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
+    damped = torch.empty(width, width, dtype=torch.float64, device=hessian.device)
+    for start in range(0, width, _PANEL):
+        part = slice(start, start + _PANEL)
+        damped[part] = hessian[part] if order is None else hessian[order[part]][:, order]
+    wanted = torch.where(dead, mean, diagonal) + share * mean
+    damped.diagonal().copy_(wanted if order is None else wanted[order])
+    return damped
+
+
+def factorize(hessian: Tensor, options: GPTQOptions, order: Tensor | None = None) -> tuple[float, Tensor]:
+    """(the damping that was enough, the inverse factor fp32 [K, K] of the damped Hessian in processing order).
 
     Raises:
         HessianError: not finite, or not positive definite with the greatest damping allowed.
     """
-    h = hessian.to(torch.float64)
-    if not bool(torch.isfinite(h).all()):
+    if not bool(torch.isfinite(hessian).all()):
         raise HessianError("the Hessian holds NaN or infinity: the calibration activations overflowed")
-    diagonal = h.diagonal()
-    dead = diagonal <= 0
-    mean = diagonal[~dead].mean() if not bool(dead.all()) else torch.ones((), dtype=h.dtype, device=h.device)
     share = options.damp
+    width = hessian.shape[0]
     while True:
-        damped = h.clone()
-        damped.diagonal()[dead] = mean
-        damped.diagonal().add_(share * mean)
-        factor = inverse_factor(damped if order is None else damped[order][:, order])
+        factor = inverse_factor(damp(hessian, share, order))
         if factor is not None:
-            return damped, factor.to(torch.float32)
+            return share, factor.to(torch.float32)
         if share * 10 > options.damp_max * (1 + 1e-9):
             raise HessianError(
-                f"the Hessian [{h.shape[0]}, {h.shape[0]}] is not positive definite with damping {share:g} of its "
+                f"the Hessian [{width}, {width}] is not positive definite with damping {share:g} of its "
                 f"mean diagonal: use more calibration text, or raise damp_max above {options.damp_max:g}"
             )
         share *= 10
 
 
 def inverse_factor(h: Tensor) -> Tensor | None:
-    """Upper triangular U [K, K] with U^T U = h^-1; None where h is not positive definite.
+    """Upper triangular U [K, K] with U^T U = h^-1, in the memory of h fp64 [K, K]; None where h has no factor.
 
-    With the order of the channels reversed h = L L^T, so back in order h = R R^T with R upper, and U = R^-1:
-    one factorization and one triangular inverse, where the usual road takes two and an inverse between them.
+    With the order of the channels reversed h = L L^T, so back in order h = R R^T with R upper, and U = R^-1: one
+    factorization and one triangular inverse, where the usual road takes two and an inverse between them. In place,
+    because for 14336 channels a matrix has 1.6 GB.
     """
-    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
-    if int(failed):
+    _reverse(h)
+    lower = cholesky_in_place(h)
+    if lower is None:
         return None
-    identity = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    _invert_lower(lower)
+    _reverse(h)
+    return lower
+
+
+def _reverse(h: Tensor) -> None:
+    """Both axes of a contiguous matrix back to front, in place."""
+    flat = h.view(-1)
+    step = _PANEL * _PANEL
+    for start in range(0, flat.numel() // 2, step):
+        stop = min(start + step, flat.numel() // 2)
+        front, back = flat[start:stop], flat[flat.numel() - stop : flat.numel() - start]
+        kept = front.clone()
+        front.copy_(back.flip(0))
+        back.copy_(kept.flip(0))
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """The inverse of a lower triangular matrix [K, K] in its own place, panel by panel from the last.
+
+    With L = [[A, 0], [B, C]] the inverse is [[A^-1, 0], [-C^-1 B A^-1, C^-1]], and C^-1 is there already.
+    """
+    width = lower.shape[0]
+    for start in reversed(range(0, width, _PANEL)):
+        stop = min(start + _PANEL, width)
+        corner = lower[start:stop, start:stop]
+        identity = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(corner, identity, upper=False)
+        if stop < width:
+            below = lower[stop:, start:stop]
+            below.copy_(lower[stop:, stop:] @ (below @ inverse).neg_())
+        corner.copy_(inverse)
 
 
 def _solve(columns: Tensor, spec: QuantSpec, factor: Tensor, used: Params, group_of: Tensor) -> Tensor:
-    """Codes uint8 [K, N] of ``columns`` fp32 [K, N] with the scales fixed; all in processing order."""
+    """Codes uint8 [K, N] of ``columns`` fp32 [K, N], overwritten, with the scales fixed; all in processing order."""
     grid = _grid(used, spec)
     places = grid.places(columns.shape[0])
-    work = columns.clone()
     size = spec.options.block_size
     groups = group_of.tolist()
-    for start in range(0, work.shape[0], size):
-        _solve_block(work, places, grid, groups, factor, start, min(start + size, work.shape[0]))
+    for start in range(0, columns.shape[0], size):
+        _solve_block(columns, places, grid, groups, factor, start, min(start + size, columns.shape[0]))
     return grid.codes(places, group_of)
 
 
@@ -184,7 +232,7 @@ def _solve_with_moving_groups(
     assert size is not None
     block = spec.options.block_size
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
-    work = columns.clone()
+    work = columns
     fitted = []
     for begin in range(0, width, size):
         members = slice(begin, begin + size)

@@ -17,11 +17,16 @@ _CHUNK = 1 << 16
 _RATIOS = (1.0, *(r / 40 for r in (*range(39, 19, -1), 41, 42, 43)))
 
 
+class NonFiniteError(ValueError):
+    """A weight that holds NaN or infinity, or a group whose range is beyond float32."""
+
+
 def choose_params(w: Tensor, spec: QuantSpec, hessian: Tensor | None = None) -> Params:
     """Scales and zero points of a weight [N, K], exact in fp32, before storage rounds them.
 
     Raises:
-        ValueError: the weight is not finite, or ``spec.scale`` is ``hessian`` and none was given.
+        NonFiniteError: the weight is not finite.
+        ValueError: ``spec.scale`` is ``hessian`` and no Hessian was given.
     """
     groups = w.to(torch.float32).unflatten(1, (groups_per_row(spec, (w.shape[0], w.shape[1])), -1))
     scale, zero = FORMATS[spec.format].fit(groups, spec)
@@ -29,7 +34,7 @@ def choose_params(w: Tensor, spec: QuantSpec, hessian: Tensor | None = None) -> 
     if not bool(torch.isfinite(scale).all()):
         bad = int((~torch.isfinite(w)).sum())
         what = f"holds {bad} NaN or infinite values" if bad else "has a group whose range overflows float32"
-        raise ValueError(f"the weight {list(w.shape)} {what}: it cannot be quantized")
+        raise NonFiniteError(f"the weight {list(w.shape)} {what}: it cannot be quantized")
     if spec.scale in ("mse", "hessian"):
         if spec.scale == "hessian" and hessian is None:
             raise ValueError("scale 'hessian' needs calibration: none was given for this weight")

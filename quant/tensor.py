@@ -172,8 +172,10 @@ class QuantizedTensor:
             for i, rows in enumerate(sizes)
         ]
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [N, K] the codes stand for, computed in fp32 and rounded once to ``dtype``."""
+    def dequantize(
+        self, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """Rows ``start`` to ``stop`` of the weight [N, K], computed in fp32 and rounded once to ``dtype``."""
         from .dequantize import dequantize_rows
 
-        return dequantize_rows(self, 0, self.shape[0], dtype)
+        return dequantize_rows(self, start, self.shape[0] if stop is None else stop, dtype)

@@ -283,7 +283,7 @@ def test_memory_layout_of_the_weight_does_not_matter():
 def test_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse():
     _, hessian = random_problem(2, 40, seed=22)
     h = damped(hessian.double().numpy(), 0.01)
-    factor = inverse_factor(torch.from_numpy(h))
+    factor = inverse_factor(torch.from_numpy(h.copy()))  # it works in place
     assert factor is not None
     upper = factor.numpy()
     expected = np.linalg.cholesky(np.linalg.inv(h)).T

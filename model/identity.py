@@ -1,0 +1,42 @@
+"""What makes a quantization job, so that an unfinished one is only gone on with where it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quant.config import QuantConfig
+from .source import Source
+from .trouble import Policy
+
+
+def job_identity(
+    source: Source, config: QuantConfig, policy: Policy, max_shard_bytes: int, ids: Tensor | None, world: int
+) -> dict[str, Any]:
+    """The parts by name, JSON-ready.
+
+    Under calibration the versions and numbers on which the last bit of a sum depends are among them.
+
+    Args:
+        ids: calibration windows int64 [windows, length], None where there are none.
+        world: processes of the job.
+    """
+    out: dict[str, Any] = {
+        "brise": version("brise"),
+        "config": config.to_dict(),
+        "policy": policy.to_dict(),
+        "max_shard_bytes": max_shard_bytes,
+        "source": source.identity(),
+    }
+    if ids is not None:
+        out["calibration windows"] = hashlib.sha256(
+            repr(tuple(ids.shape)).encode() + ids.contiguous().numpy().tobytes()
+        ).hexdigest()
+        out["torch"] = torch.__version__
+        out["threads"] = torch.get_num_threads()
+        out["processes"] = world
+    return out

@@ -1,0 +1,135 @@
+"""Plain rounding of large weights: some rows at a time, on every core, never the whole weight in fp32.
+
+The result is :func:`.rtn.rtn`'s to the bit. Each thread takes rows from where they lie, rounds them and packs them
+while they are in its cache; what joins all rows, the double quantization of scales, is done between two passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .config import QuantSpec
+from .dequantize import decode_packed
+from .formats import FORMATS
+from .packing import pack_codes
+from .scales import choose_params
+from .tensor import Params, QuantizedTensor, Shape, groups_per_row, layout, load_scales, store_scales
+
+# rows start to stop of a weight [N, K], in any float dtype
+Rows = Callable[[int, int], Tensor]
+A = TypeVar("A")
+B = TypeVar("B")
+# weights of a piece: in fp32 they and what is computed of them stay in a core's L2 cache
+_PIECE = 1 << 17
+
+
+class Workers:
+    """As many threads as torch has, each of which computes by itself; used as a context manager.
+
+    Small pieces of work on all cores: torch's own threads would meet after every operator.
+    """
+
+    def __enter__(self) -> Workers:
+        self.count = torch.get_num_threads()
+        self._pool = None
+        if self.count > 1:
+            self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            # what a thread sets for itself reaches the libraries below, and from there the others
+            torch.set_num_threads(self.count)
+
+    def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """The values in the order of the items; the first error is raised once all have ended."""
+        if self._pool is None:
+            return [function(item) for item in items]
+        futures = [self._pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded weight; ``error`` is ||W - Q||_F^2, ``norm`` ||W||_F^2."""
+
+    tensor: QuantizedTensor
+    error: float
+    norm: float
+
+
+def round_rows(rows: Rows, shape: Shape, spec: QuantSpec, workers: Workers) -> Rounded:
+    """Round a weight of ``shape`` (N, K) plainly, as ``spec`` (algorithm rtn) says.
+
+    Raises:
+        NonFiniteError: the weight holds NaN or infinity.
+        ConfigError: the width is no multiple of the group.
+    """
+    fmt = FORMATS[spec.format]
+    count, width = shape
+    groups = groups_per_row(spec, shape)
+    scale = torch.empty(count, groups)
+    zero = None if spec.symmetric else torch.empty(count, groups, dtype=torch.uint8)
+    packed = torch.empty(layout(spec, shape)["qweight"][1], dtype=torch.uint8)
+    # with double quantization what a scale is stored as depends on all of them
+    stored_apart = not spec.double_quant
+
+    def encode(part: slice, w: Tensor, used: Tensor) -> None:
+        grouped = w.unflatten(1, (groups, -1))
+        z = None if zero is None else zero[part][..., None]
+        packed[part] = pack_codes(fmt.encode(grouped, used[..., None], z).flatten(1), fmt.bits)
+
+    def lost(part: slice, w: Tensor, used: Tensor) -> float:
+        params = Params(used, None if zero is None else zero[part])
+        return _squared(w - decode_packed(packed[part], params, spec, width, torch.float32))
+
+    def first(part: slice) -> tuple[float, float]:
+        w = rows(part.start, part.stop).to(torch.float32)
+        exact = choose_params(w, spec)
+        scale[part] = exact.scale
+        if zero is not None and exact.zero is not None:
+            zero[part] = exact.zero
+        stored = load_scales(store_scales(exact.scale, spec), spec) if stored_apart else exact.scale
+        if stored_apart or fmt.codes_from_exact_scale:
+            encode(part, w, exact.scale if fmt.codes_from_exact_scale else stored)
+        return _squared(w), lost(part, w, stored) if stored_apart else 0.0
+
+    step = max(1, _PIECE // width)
+    parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    sums = workers.map(first, parts)
+    norm, error = sum(s[0] for s in sums), sum(s[1] for s in sums)
+    stored_scales = store_scales(scale, spec)
+    if not stored_apart:
+        seen = load_scales(stored_scales, spec)
+
+        def second(part: slice) -> float:
+            w = rows(part.start, part.stop).to(torch.float32)
+            if not fmt.codes_from_exact_scale:
+                encode(part, w, seen[part])
+            return lost(part, w, seen[part])
+
+        error = sum(workers.map(second, parts))
+    tensors = {"qweight": packed, **stored_scales}
+    if zero is not None:
+        tensors["zeros"] = pack_codes(zero, fmt.bits)
+    return Rounded(QuantizedTensor(spec, shape, tensors), error, norm)
+
+
+def _squared(x: Tensor) -> float:
+    flat = x.flatten()
+    return float(torch.dot(flat, flat))
