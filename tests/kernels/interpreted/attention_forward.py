@@ -1,0 +1,140 @@
+"""Run by test_interpreted.py under TRITON_INTERPRET=1: the forward kernel on the CPU against float64."""
+
+import torch
+
+from brise.kernels import attention_launch as launch
+from brise.kernels import attention_reference as reference
+from brise.kernels.attention_bounds import key_bounds
+from brise.kernels.budget import check_budget
+from brise.kernels.launch import interpreting
+from brise.kernels.tuning_attention import AttentionConfig
+
+SMALL = AttentionConfig(bm=16, bn=16, warps=4, stages=1)
+WIDE = AttentionConfig(bm=64, bn=16, warps=4, stages=1)
+CPU = torch.device("cpu")
+NAN = float("nan")
+
+
+def states(batch, queries, keys, heads, kv, head_dim, dtype, gap=0):
+    """q, k, v as transformers hands them on: views [B, S, H, D] of [B, H, S, D], with a gap between rows."""
+    shapes = ((heads, queries), (kv, keys), (kv, keys))
+    return [
+        torch.randn(batch, h, s, head_dim + gap).to(dtype)[..., :head_dim].transpose(1, 2) for h, s in shapes
+    ]
+
+
+def check(q, k, v, what, window=None, causal=True, config=SMALL, both=False, **packing):
+    """The kernel against float64: without bounds where window and offset say all, else, or as well, with them."""
+    queries, keys = q.shape[1], k.shape[1]
+    lists = {n: x.tolist() if isinstance(x, torch.Tensor) else x for n, x in packing.items()}
+    seen = reference.visible(q.shape[0], queries, keys, window=window, causal=causal, **lists)
+    scale = q.shape[-1] ** -0.5
+    exact, exact_lse = reference.attention(q.double(), k.double(), v.double(), seen, scale)
+    eager, _ = reference.attention(q, k, v, seen, scale)
+    ways = []
+    if not any(isinstance(x, torch.Tensor) for x in packing.values()):
+        ways.append((None, window or 0, causal, packing.get("offset", keys - queries)))
+    if both or not ways:
+        bounds = key_bounds(queries, keys, device=CPU, window=window, causal=causal, **packing)
+        ways.append((bounds.contiguous(), 0, False, 0))
+    for way in ways:
+        out, lse = launch.forward(q, k, v, *way, scale, config)
+        check_budget(out, eager, exact, f"{what}, {'analytic' if way[0] is None else 'bounds'}")
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+        assert not out[~seen.any(-1)].any(), f"{what}: a query without a key gives 0"
+
+
+def check_every_window():
+    """Windows around the block's edge, to the key: 1, one less, one more, the whole, and beyond it."""
+    q, k, v = states(1, 37, 37, 1, 1, 16, torch.float32)
+    for window in (1, 15, 16, 17, 33, 36, 37, None):
+        check(q, k, v, f"window {window}", window, both=window == 17)
+    check(q, k, v, "not causal", causal=False)
+
+
+def check_shapes():
+    """Head sizes, groups (one that divides no block), dtypes, lengths that are no multiple of a block."""
+    cases = ((64, 4, 1, "float16"), (96, 3, 1, "float16"), (96, 2, 2, "float32"), (128, 4, 1, "float32"))
+    for head_dim, heads, kv, dtype in (*cases, (256, 5, 1, "float16")):
+        q, k, v = states(1, 21, 21, heads, kv, head_dim, getattr(torch, dtype), gap=3)
+        check(q, k, v, f"head_dim {head_dim}, {heads} heads over {kv}, {dtype}", 9, config=WIDE)
+    q, k, v = states(2, 19, 50, 4, 2, 16, torch.float16)
+    check(q, k, v, "more keys than queries", 20)
+    check(q, k, v, "more keys than queries, no window", config=WIDE)
+    q, k, v = q[:1], k[:1], v[:1]
+    check(q, k, v, "an offset of its own", 7, offset=11)
+    check(q, k, v, "queries before the first key", 7, offset=-5)
+    check(q[:, :1], k, v, "one query", 20)
+    check(q[:, :1], k[:, :1], v[:, :1], "one token", 3)
+    check(q.contiguous(), k.expand(1, -1, -1, -1), v[:, :, :1].expand(-1, -1, 2, -1), "strides", 12, config=WIDE)
+
+
+def check_padding():
+    q, k, v = states(3, 35, 35, 1, 1, 16, torch.float16)
+    starts, lengths = torch.tensor([0, 17, 35]), torch.tensor([35, 9, 0])
+    check(q, k, v, "left padding", 8, starts=starts)
+    check(q, k, v, "right padding", None, lengths=lengths)
+    both = {"starts": torch.tensor([3, 16, 1]), "lengths": torch.tensor([30, 9, 0])}
+    check(q, k, v, "padding on both sides", 20, **both)
+    check(q, k, v, "not causal, padded", causal=False, **both)
+    check(q[:, :5], k, v, "offsets", 6, offset=torch.tensor([0, 30, 12]))
+
+
+def check_packed():
+    """Sequences of 1, none, some and many tokens; one ends in the middle of a block."""
+    q, k, v = states(1, 53, 53, 1, 1, 16, torch.float32)
+    ends = torch.tensor([0, 1, 1, 14, 14, 47, 53, 53])
+    for window in (None, 5, 16):
+        check(q, k, v, f"packed, window {window}", window, cu_seqlens=ends)
+    more = torch.tensor([0, 3, 9, 30, 30, 70, 79, 80])
+    q, k, v = states(1, 53, 80, 1, 1, 16, torch.float32)
+    check(q, k, v, "packed, continued", 12, cu_seqlens=ends, cu_seqlens_k=more)
+
+
+def check_empty():
+    for shape in ((0, 4, 4), (2, 0, 4), (2, 0, 0), (2, 4, 0)):
+        q, k, v = states(*shape, 2, 1, 16, torch.float32)
+        check(q, k, v, f"batch, queries, keys {shape}", 2)
+
+
+def check_untouched():
+    """Keys outside what a tile of queries sees are not read: a NaN there would spread, as 0 * NaN is NaN.
+
+    A tile is 16 positions here and a block 16 keys; the poison is moved up to the very key before the window.
+    """
+    window, length = 10, 64
+    q, k, v = states(1, length, length, 1, 1, 16, torch.float32)
+    bounds = key_bounds(length, length, device=CPU, window=window, causal=True)
+    for way in ((None, window, True, 0, 0.25, SMALL), (bounds, 0, False, 0, 0.25, SMALL)):
+        want, _ = launch.forward(q, k, v, *way)
+        for first in (0, 16, 32):
+            poisoned = k.clone(), v.clone()
+            for x in poisoned:
+                x[:, : max(first - window + 1, 0)] = NAN
+                x[:, first + 16 :] = NAN
+            out, _ = launch.forward(q, *poisoned, *way)
+            assert torch.equal(out[:, first : first + 16], want[:, first : first + 16]), first
+
+
+def poison():
+    """Outputs come from torch.empty: fill it with NaN, so that an element left unwritten shows."""
+    make = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = make(*args, **kwargs)
+        return out.fill_(NAN) if out.is_floating_point() else out
+
+    torch.empty = poisoned
+
+
+if __name__ == "__main__":
+    assert interpreting()
+    torch.manual_seed(0)
+    poison()
+    check_every_window()
+    check_shapes()
+    check_padding()
+    check_packed()
+    check_empty()
+    check_untouched()
+    print("interpreted attention forward: all within budget")

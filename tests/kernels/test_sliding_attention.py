@@ -1,0 +1,337 @@
+"""Sliding-window attention without a GPU: torch's own attention as the oracle, gradients, and what is refused."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from brise.kernels import attention_blocks, attention_reference
+from brise.kernels.attention_bounds import key_bounds, query_ranges
+from brise.kernels.attention_ops import sliding_attention
+from brise.kernels.budget import check_budget
+
+IMPLS = ("auto", "reference")
+ENDS = torch.tensor([0, 1, 1, 14, 14, 30, 31])
+# keyword arguments for a batch of 3 with 31 keys, or of 1 where sequences are packed
+PACKINGS = {
+    "plain": {},
+    "left": {"starts": torch.tensor([0, 5, 31])},
+    "right": {"lengths": torch.tensor([31, 4, 0], dtype=torch.int32)},
+    "both": {"starts": torch.tensor([2, 5, 0]), "lengths": torch.tensor([20, 26, 31])},
+    "offsets": {"offset": torch.tensor([0, 14, 7])},
+    "offset": {"offset": 3},
+    "packed": {"cu_seqlens": ENDS},
+    "continued": {
+        "cu_seqlens": torch.tensor([0, 0, 2, 9, 17]),
+        "cu_seqlens_k": torch.tensor([0, 3, 9, 16, 31]),
+    },
+}
+
+
+def states(batch, queries, keys, heads=4, kv=2, head_dim=8, dtype=torch.float32):
+    shapes = ((batch, queries, heads), (batch, keys, kv), (batch, keys, kv))
+    return [torch.randn(*shape, head_dim).to(dtype) for shape in shapes]
+
+
+def case(name, dtype=torch.float32):
+    """q, k, v and the arguments that say what they hold."""
+    packed = name in ("packed", "continued")
+    queries = {"offsets": 17, "offset": 17, "continued": 17}.get(name, 31)
+    return states(1 if packed else 3, queries, 31, dtype=dtype), PACKINGS[name]
+
+
+def explicit(q, k, window, causal=True, **packing):
+    lists = {n: x.tolist() if isinstance(x, torch.Tensor) else x for n, x in packing.items()}
+    return attention_reference.visible(
+        q.shape[0], q.shape[1], k.shape[1], window=window, causal=causal, **lists
+    )
+
+
+def by_torch(q, k, v, seen, scale=None):
+    """torch's attention under a mask of every pair; 0 where a query sees nothing, which torch leaves open."""
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    out = scaled_dot_product_attention(*heads, attn_mask=seen[:, None], scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).masked_fill(~seen.any(-1)[..., None, None], 0.0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", PACKINGS)
+@pytest.mark.parametrize("window", [None, 1, 6, 31, 10**9])
+def test_agrees_with_torch_under_an_explicit_mask(impl, name, window, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(attention_blocks, "_SCORES", 1 << 9)  # several blocks, the last one shorter
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        (q, k, v), packing = case(name, dtype)
+        seen = explicit(q, k, window, **packing)
+        out = sliding_attention(q, k, v, window=window, impl=impl, scale=0.3, **packing)
+        assert out.dtype == dtype and out.shape == q.shape and out.is_contiguous()
+        exact = by_torch(q.double(), k.double(), v.double(), seen, 0.3)
+        if dtype == torch.float64:
+            torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
+        else:
+            eager, _ = attention_reference.attention(q, k, v, seen, 0.3)
+            check_budget(out, eager, exact, f"{impl} {name} {window} {dtype}")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_causality_every_real_key_is_seen(impl):
+    (q, k, v), packing = case("both")
+    seen = explicit(q, k, None, causal=False, **packing)
+    out = sliding_attention(q, k, v, causal=False, impl=impl, **packing)
+    torch.testing.assert_close(out, by_torch(q, k, v, seen))
+
+
+def test_the_window_counts_the_querys_own_key():
+    """transformers' and mistral-inference's meaning of W: by hand, with values that name their key."""
+    q, k = torch.zeros(1, 6, 1, 4), torch.zeros(1, 6, 1, 4)
+    v = torch.arange(6.0)[None, :, None, None].expand(1, 6, 1, 4)
+    out = sliding_attention(q, k, v, window=3)[0, :, 0, 0]
+    torch.testing.assert_close(out, torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0, 4.0]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", PACKINGS)
+def test_gradients_are_those_of_torch(impl, name, monkeypatch):
+    monkeypatch.setattr(attention_blocks, "_SCORES", 1 << 9)
+    torch.manual_seed(1)
+    (q, k, v), packing = case(name, torch.float64)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    up = torch.randn_like(q)
+    got = torch.autograd.grad(sliding_attention(q, k, v, window=6, impl=impl, **packing), leaves, up)
+    want = torch.autograd.grad(by_torch(q, k, v, explicit(q, k, 6, **packing)), leaves, up)
+    for one, right in zip(got, want):
+        torch.testing.assert_close(one, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradcheck_lse_included(impl):
+    leaves = [x.requires_grad_() for x in states(1, 5, 7, 2, 1, 3, torch.float64)]
+
+    def both(q, k, v):
+        return torch.ops.brise.sliding_attention(q, k, v, None, 4, True, 2, 0.5, impl)
+
+    assert torch.autograd.gradcheck(both, leaves)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_half_precision_gradients_keep_the_budget(impl):
+    torch.manual_seed(2)
+    q, k, v = states(2, 40, 40, 4, 2, 16)
+    seen, up = explicit(q, k, 12), torch.randn_like(q)
+
+    def gradients(f, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(f(*leaves), leaves, up.to(dtype))
+
+    for dtype in (torch.bfloat16, torch.float16):
+        low = [x.to(dtype) for x in (q, k, v)]
+        got = gradients(lambda *x: sliding_attention(*x, window=12, impl=impl), dtype)
+        eager = gradients(lambda *x: attention_reference.attention(*x, seen, 0.25)[0], dtype)
+        exact_leaves = [x.double().requires_grad_() for x in low]
+        exact = torch.autograd.grad(by_torch(*exact_leaves, seen), exact_leaves, up.to(dtype).double())
+        for one, plain, right in zip(got, eager, exact):
+            check_budget(one, plain, right, f"{impl} {dtype}")
+
+
+def test_no_key_gives_zero_and_takes_no_gradient():
+    q, k, v = (x.requires_grad_() for x in states(2, 9, 9))
+    for impl in IMPLS:
+        out = sliding_attention(q, k, v, starts=torch.tensor([4, 9]), impl=impl)
+        assert not out[0, :4].any() and not out[1].any() and out[0, 4:].all()
+        dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+        for grad in (dq, dk, dv):
+            assert grad.isfinite().all() and not grad[0, :4].any() and not grad[1].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("batch,queries,keys", [(0, 3, 3), (2, 0, 3), (2, 0, 0), (2, 3, 0), (1, 1, 1)])
+def test_nothing_in_nothing_out(impl, batch, queries, keys):
+    q, k, v = (x.requires_grad_() for x in states(batch, queries, keys))
+    out = sliding_attention(q, k, v, window=2, impl=impl)
+    assert out.shape == q.shape
+    torch.testing.assert_close(out, v.repeat_interleave(2, 2) if keys == 1 else torch.zeros_like(q))
+    for grad, x in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v)):
+        assert grad.shape == x.shape and grad.isfinite().all()
+
+
+def test_the_cost_grows_with_the_window(monkeypatch):
+    """Pairs that are scored: at most those of the window, and a block's edges."""
+    pairs = []
+    scores = attention_blocks._scores
+
+    def counted(q, k, *rest):
+        pairs.append(q.shape[2] // 2 * k.shape[2])
+        return scores(q, k, *rest)
+
+    monkeypatch.setattr(attention_blocks, "_scores", counted)
+    monkeypatch.setattr(attention_blocks, "_SCORES", 1 << 12)
+    for length in (256, 512):
+        pairs.clear()
+        q, k, v = states(1, length, length, 4, 2)
+        sliding_attention(q, k, v, window=32)
+        assert max(pairs) * 4 <= 2 << 12, "one block of scores is all the memory there is"
+        assert sum(pairs) <= length * 64
+
+
+def test_keys_that_are_not_seen_are_not_read():
+    q, k, v = states(1, 64, 64)
+    want = sliding_attention(q, k, v, window=9)
+    k[:, :20], v[:, :20] = float("nan"), float("nan")
+    out = sliding_attention(q[:, 28:], k, v, window=9)
+    torch.testing.assert_close(out, want[:, 28:])
+
+
+def test_strided_inputs_and_a_last_stride_that_is_not_one():
+    q, k, v = states(2, 12, 12)
+    want = sliding_attention(q, k, v, window=5)
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    torch.testing.assert_close(sliding_attention(*views, window=5), want)
+    views = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)]
+    torch.testing.assert_close(sliding_attention(*views, window=5), want)
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+def test_bounds_are_the_definition(name):
+    (q, k, _), packing = case(name)
+    for window in (None, 1, 6, 40):
+        bounds = key_bounds(q.shape[1], 31, device=q.device, window=window, causal=True, **packing)
+        assert bounds.dtype == torch.int32 and bounds.min() >= 0 and bounds.max() <= 31
+        seen = attention_reference.visible_in(bounds, 31).expand(q.shape[0], -1, -1)
+        assert torch.equal(seen, explicit(q, k, window, **packing))
+
+
+def test_ranges_of_queries_hold_every_query_that_sees_a_block_of_keys():
+    generator = torch.Generator().manual_seed(0)
+    lo = torch.randint(0, 30, (4, 50), generator=generator)
+    bounds = torch.stack((lo, lo + torch.randint(0, 9, (4, 50), generator=generator)), 1).to(torch.int32)
+    ordered = key_bounds(50, 38, device=lo.device, window=5, causal=True, starts=torch.tensor([0, 7, 38, 11]))
+    for b in (bounds, ordered):
+        ranges = query_ranges(b, 38, 8, 4)
+        assert ranges.shape == (4, 5, 2)
+        seen = attention_reference.visible_in(b, 40).unflatten(2, (5, 8)).any(3)
+        for row in range(4):
+            for block in range(5):
+                first, end = ranges[row, block].tolist()
+                queries = seen[row, :, block].nonzero().flatten()
+                inside = (queries >= 4 * first) & (queries < 4 * end)
+                assert inside.all()
+                if b is ordered and len(queries):
+                    assert first == queries[0] // 4 and end == queries[-1] // 4 + 1
+
+
+def test_opcheck():
+    q, k, v = (x.requires_grad_() for x in states(2, 6, 9))
+    bounds = key_bounds(6, 9, device=q.device, window=4, causal=True, starts=torch.tensor([0, 3]))
+    op = torch.ops.brise.sliding_attention.default
+    for impl in IMPLS:
+        torch.library.opcheck(op, (q, k, v, None, 4, True, 3, 0.5, impl))
+        torch.library.opcheck(op, (q, k, v, bounds, 0, False, 0, 0.5, impl))
+
+
+def test_compiles_into_one_graph():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(q, k, v, starts):
+        return sliding_attention(q, k, v, window=4, starts=starts).relu()
+
+    starts = torch.tensor([0, 2])
+    for length in (5, 6, 7):
+        q, k, v = (x.requires_grad_() for x in states(2, length, length))
+        out, want = compiled(q, k, v, starts), sliding_attention(q, k, v, window=4, starts=starts).relu()
+        torch.testing.assert_close(out, want)
+        got = torch.autograd.grad(out.sum(), (q, k, v))
+        for one, right in zip(got, torch.autograd.grad(want.sum(), (q, k, v))):
+            torch.testing.assert_close(one, right)
+    with pytest.raises(RuntimeError, match="starts must lie in 0 .. 7"):
+        compiled(q, k, v, torch.tensor([0, 8]))
+
+
+def _meta(shape):
+    return torch.empty(shape, device="meta")
+
+
+def _ints(*values, dtype=torch.int64):
+    return torch.tensor(values, dtype=dtype)
+
+
+MISTAKES = [
+    (
+        {"q": torch.randn(6, 4, 8)},
+        ValueError,
+        r"q must be \[batch, positions, heads, head_dim\], got \[6, 4, 8\]",
+    ),
+    ({"q": torch.ones(2, 6, 4, 8).int()}, TypeError, "got torch.int32"),
+    ({"k": torch.randn(2, 9, 2, 8).half()}, TypeError, "q is torch.float32, k is torch.float16"),
+    ({"v": torch.randn(2, 8, 2, 8)}, ValueError, r"\[2, 9, 2, 8\] and \[2, 8, 2, 8\]"),
+    (
+        {"q": torch.randn(3, 6, 4, 8)},
+        ValueError,
+        r"batch and head_dim, got \[3, 6, 4, 8\] and \[2, 9, 2, 8\]",
+    ),
+    ({"q": torch.randn(2, 6, 4, 16)}, ValueError, "batch and head_dim"),
+    ({"q": torch.randn(2, 6, 5, 8)}, ValueError, "a multiple of k's, got 5 and 2"),
+    ({"q": torch.randn(2, 6, 0, 8)}, ValueError, "got 0 and 2"),
+    ({"k": _meta((2, 9, 2, 8))}, ValueError, "q is on cpu, k on meta"),
+    ({"window": 0}, ValueError, "window must be at least 1 .*, got 0"),
+    ({"window": -3}, ValueError, "got -3"),
+    ({"window": 2.0}, TypeError, "window must be an int or None, got float 2.0"),
+    ({"window": True}, TypeError, "got bool True"),
+    ({"window": 4, "causal": False}, ValueError, "window of 4 counts back .* needs causal=True"),
+    ({"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
+    ({"scale": float("nan")}, ValueError, "got nan"),
+    ({"impl": "cuda"}, ValueError, "got 'cuda'"),
+    ({"starts": _ints(0, 10)}, ValueError, r"starts must lie in 0 .. 9, got \[0, 10\]"),
+    ({"starts": _ints(0)}, ValueError, r"starts must be \[2\], one a sequence, got \[1\]"),
+    ({"starts": torch.zeros(2)}, TypeError, "starts must be int32 or int64, got torch.float32"),
+    (
+        {"starts": _ints(3, 0), "lengths": _ints(7, 9)},
+        ValueError,
+        r"starts \+ lengths at most 9, got \[7, 9\]",
+    ),
+    ({"lengths": _ints(-1, 4)}, ValueError, r"got \[-1, 4\]"),
+    ({"starts": _meta(2).long()}, ValueError, "meta"),
+    ({"cu_seqlens": _ints(0, 6)}, ValueError, "a batch of 2: flatten it"),
+    ({"cu_seqlens_k": _ints(0, 6)}, ValueError, "cu_seqlens_k needs cu_seqlens"),
+    ({"bounds": torch.zeros(2, 2, 6, dtype=torch.int32), "window": 3}, ValueError, "leave out window"),
+    (
+        {"bounds": torch.zeros(2, 2, 6)},
+        TypeError,
+        r"bounds must be int32 \[2 or 1, 2, 6\], got torch.float32",
+    ),
+    ({"bounds": torch.zeros(2, 6, 2, dtype=torch.int32)}, ValueError, r"got \[2, 6, 2\]"),
+    ({"impl": "triton"}, ValueError, "needs a GPU tensor"),
+]
+PACKED_MISTAKES = [
+    ({"cu_seqlens": _ints(0, 5)}, r"cu_seqlens must rise from 0 to the 6 queries, got \[0, 5\]"),
+    ({"cu_seqlens": _ints(1, 6)}, r"got \[1, 6\]"),
+    ({"cu_seqlens": _ints(0, 4, 3, 6)}, r"got \[0, 4, 3, 6\]"),
+    ({"cu_seqlens": _ints(0, 6)}, "0 to the 9 keys .* give cu_seqlens_k"),
+    ({"cu_seqlens": _ints(0, 6), "cu_seqlens_k": _ints(0, 3, 9)}, "2 entries, cu_seqlens_k 3"),
+    ({"cu_seqlens": _ints(0, 6).view(1, 2)}, r"cu_seqlens must be \[sequences \+ 1\], got \[1, 2\]"),
+    ({"cu_seqlens": _ints(0, 6), "starts": _ints(0)}, "leave out starts"),
+    ({"cu_seqlens": _ints(0, 6), "offset": 3}, "leave out offset"),
+]
+
+
+@pytest.mark.parametrize("change,error,says", MISTAKES)
+def test_mistakes_are_refused(change, error, says):
+    q, k, v = states(2, 6, 9)
+    with pytest.raises(error, match=says):
+        sliding_attention(**({"q": q, "k": k, "v": v} | change))
+
+
+@pytest.mark.parametrize("change,says", PACKED_MISTAKES)
+def test_mistakes_of_packing_are_refused(change, says):
+    q, k, v = states(1, 6, 9)
+    with pytest.raises(ValueError, match=says):
+        sliding_attention(q, k, v, **change)
+
+
+def test_needs_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from brise.kernels.attention_ops import sliding_attention\n"
+        "x = torch.randn(1, 5, 2, 8, requires_grad=True); sliding_attention(x, x, x, window=2).sum().backward()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
