@@ -3,9 +3,10 @@
 A block of a million weights is decoded, multiplied and dropped (smaller ones that fit the L2 cache lost to
 the cost of calling operators: 4096 x 4096 nf4 took 25 ms at 2^20 weights a block, 45 at 2^16). Three tricks
 make torch's own elementwise operators fast enough at it (measured on AVX-512, one thread): nf4, fp4, int3
-and int2 look up four weights at a time (nf4 in a table of 65536: 0.6 ns a weight; byte pairs 0.7, a gather
-of single codes 1.5); 4-bit integers are never interleaved, the even and the odd channels are two products;
-and uint8 -> float copies run at 0.2 ns a weight where uint8 -> int32 takes 2. int4 under bf16 activations
+and int2 look up four weights at a time (nf4 in a table of 65536: 0.6 ns a weight, 0.4 where its values may be
+fp16; byte pairs 0.7, a gather of single codes 1.5); 4-bit integers are never interleaved, the even and the
+odd channels are two products; and uint8 -> float copies run at 0.2 ns a weight where uint8 -> int32 takes 2.
+int4 under bf16 activations
 uses torch's packed int4 product, which is an order of magnitude faster still (in fp32 and fp16 that
 operator is scalar code and is not used), and int8 its int8 product.
 """
@@ -29,6 +30,7 @@ _WIDE = 256
 # rows up to which torch's int8 product is faster than decoding the weight once for all of them
 _INT8PACK_ROWS = 16
 _QUAD_BITS = ("nf4", "fp4", "int3", "int2")
+_HALVES = (torch.float16, torch.bfloat16)
 INT4PACK_GROUPS = (32, 64, 128, 256)
 # rows up to which torch's packed int4 product is faster than decoding the weight once for all of them
 INT4PACK_ROWS = 32
@@ -43,7 +45,7 @@ def matmul(x: Tensor, w: Weight, bias: Tensor | None = None, batch_invariant: bo
     step = max(1, _BLOCK // max(1, width))
     tiles = x.dtype == torch.bfloat16 and rows >= _MANY_ROWS and not batch_invariant and _has_bf16_tiles()
     work = torch.bfloat16 if tiles else _work_dtype(x.dtype)
-    inputs = _Inputs(x.to(work), w, min(step, n), batch_invariant)
+    inputs = _Inputs(x.to(work), w, min(step, n), batch_invariant, exact=x.dtype not in _HALVES)
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     scale, zero = _parameters(w)
     for start in range(0, n, step):
@@ -140,9 +142,11 @@ class _Inputs:
     """The activations, arranged once, and how a block of at most ``step`` rows is decoded and multiplied.
 
     Codes and values of every block go into the same memory: fresh pages for each took as long as the decoding.
+    Unless ``exact``, a codebook's values are looked up in fp16, in half the memory and half the time: for activations
+    of 16 bits that rounding (2^-12) is lost in theirs. Whole numbers are the same in either.
     """
 
-    def __init__(self, x: Tensor, w: Weight, step: int, one_by_one: bool) -> None:
+    def __init__(self, x: Tensor, w: Weight, step: int, one_by_one: bool, exact: bool) -> None:
         self.w, self.one_by_one = w, one_by_one
         width, group = w.shape[1], w.shape[1] // w.groups
         fast = w.g_idx is None and x.dtype != torch.float64
@@ -154,8 +158,10 @@ class _Inputs:
         # the channels of one product each: int4 keeps even and odd ones apart
         self.xs = [x[:, 0::2].contiguous(), x[:, 1::2].contiguous()] if self.halves else [x]
         if self.quads:
+            self.table = _quads(w.format, exact and w.format in reference.CODEBOOKS)
             self.words = torch.empty(step * width // 4, dtype=torch.int32)
-            self.values = torch.empty(2 * self.words.numel(), dtype=torch.float64).view(torch.complex128)
+            self.values = torch.empty(self.words.numel(), dtype=self.table.dtype)
+            self.floats = torch.empty(step if self.table.dtype == torch.int64 else 0, width)
         elif self.halves or self.bytes:
             self.codes = torch.empty(step, width // 2 if self.halves else width, dtype=torch.uint8)
             self.floats = torch.empty(self.codes.shape)
@@ -165,7 +171,9 @@ class _Inputs:
         stored = w.qweight[part]
         if self.quads:
             words = _words(stored, w.format, self.words)
-            values = torch.index_select(_quads(w.format), 0, words, out=self.values[: words.numel()])
+            values = torch.index_select(self.table, 0, words, out=self.values[: words.numel()])
+            if values.dtype == torch.int64:
+                values = self.floats[:rows].copy_(values.view(torch.float16).view(rows, -1))
             return self._linear(x, self._scaled(values.view(torch.float32), scale, zero))
         if self.bytes or self.halves:
             codes, floats = self.codes[:rows], self.floats[:rows]
@@ -210,14 +218,16 @@ def _words(codes: Tensor, fmt: str, out: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _quads(fmt: str) -> Tensor:
-    """The four fp32 values of every word of four codes, first channel first, as one complex128 [16^bits]."""
+def _quads(fmt: str, exact: bool) -> Tensor:
+    """The values of every word of four codes, first channel first: fp32 as one complex128, or fp16 as one int64."""
     bits = reference.BITS[fmt]
     table = torch.tensor(
         reference.CODEBOOKS.get(fmt) or [code - (1 << (bits - 1)) for code in range(1 << bits)]
     )
     word = torch.arange(1 << (4 * bits))
     quads = torch.stack([table.float()[(word >> (bits * i)) & ((1 << bits) - 1)] for i in range(4)], dim=1)
+    if not exact:
+        return quads.to(torch.float16).view(torch.int64).flatten()
     return quads.contiguous().view(torch.complex128).flatten()
 
 
