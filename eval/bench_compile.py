@@ -61,6 +61,8 @@ def compile_rows(
             progress("compiled", len(rows), len(pairs))
         row = aot.compile_variant(variant, arch)
         rows.append({**row, "faults": aot.faults(variant, row)})
+    if not rows:
+        raise CompileError(f"{kernel!r} is launched on no sm_{chosen[0]}")
     if progress is not None:
         progress("compiled", len(rows), len(rows))
     return rows

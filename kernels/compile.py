@@ -27,11 +27,8 @@ ARCHITECTURES = (80, 90)
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
 
 
-def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
-    """Compile for sm_<arch>: registers, stack and spill bytes, shared memory, and instructions by family.
-
-    ``per_weight`` is the instructions of the longest loop a weight and lane: what a regression would show in.
-    """
+def build(variant: Variant, arch: int) -> Any:
+    """What triton makes of a variant for sm_<arch>: ``.asm`` holds its stages, from "ttir" to "cubin"."""
     names = variant.kernel.arg_names
     signature = {n: "constexpr" if n in variant.constants else variant.types[n] for n in names}
     aligned = [n for n, t in signature.items() if t.startswith("*") or n in variant.divisible]
@@ -42,7 +39,15 @@ def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
         {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     options = {"num_warps": variant.warps, "num_stages": variant.stages}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
+    """Compile for sm_<arch>: registers, stack and spill bytes, shared memory, and instructions by family.
+
+    ``per_weight`` is the instructions of the longest loop a weight and lane: what a regression would show in.
+    """
+    built = build(variant, arch)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])

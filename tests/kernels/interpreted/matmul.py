@@ -1,5 +1,7 @@
 """Run by test_interpreted.py under TRITON_INTERPRET=1: every matmul kernel on the CPU against float64."""
 
+import tempfile
+
 import torch
 
 from brise.kernels import launch, ops, reference
@@ -80,6 +82,22 @@ def check_int8_dynamic():
                 torch.testing.assert_close(out.float(), want, rtol=eps, atol=1e-5)
 
 
+def check_far():
+    """Rows of x more than 2^31 elements apart, in a sparse file of which only the pages that are read exist."""
+    far, k = 2**31 + 64, 128
+    with tempfile.TemporaryDirectory() as folder:
+        whole = torch.from_file(f"{folder}/sparse", shared=True, size=far + k, dtype=torch.float16)
+        x = whole.as_strided((2, k), (far, 1))
+        x.copy_(torch.randn(2, k))
+        for fmt, group in (("int4", 64), ("int8", k)):
+            w = ops.pack_weight(weight(fmt, 20, k, group), fmt, (20, k), x.dtype, layout_name="tiles")
+            near = ops.quant_matmul(x.contiguous(), w, impl="triton")
+            assert torch.equal(ops.quant_matmul(x, w, impl="triton"), near)
+        w = ops.pack_weight(weight("int8", 20, k, k), "int8", (20, k), x.dtype, layout_name="portable")
+        near = ops.int8_dynamic_matmul(x.contiguous(), w, threshold=2.0, impl="triton")
+        assert torch.equal(ops.int8_dynamic_matmul(x, w, threshold=2.0, impl="triton"), near)
+
+
 def poison():
     """Outputs come from torch.empty: fill it with NaN, so that an element left unwritten shows."""
     make = torch.empty
@@ -110,4 +128,5 @@ if __name__ == "__main__":
     check("int4", 30, 128, 64, 0, torch.float16)
     check_split()
     check_int8_dynamic()
+    check_far()
     print("interpreted matmul kernels: all within budget")
