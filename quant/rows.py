@@ -6,11 +6,8 @@ while they are in its cache; what joins all rows, the double quantization of sca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,47 +18,12 @@ from .formats import FORMATS
 from .packing import pack_codes
 from .scales import choose_params
 from .tensor import Params, QuantizedTensor, Shape, groups_per_row, layout, load_scales, store_scales
+from .workers import Workers
 
 # rows start to stop of a weight [N, K], in any float dtype
 Rows = Callable[[int, int], Tensor]
-A = TypeVar("A")
-B = TypeVar("B")
 # weights of a piece: in fp32 they and what is computed of them stay in a core's L2 cache
 _PIECE = 1 << 17
-
-
-class Workers:
-    """As many threads as torch has, each of which computes by itself; used as a context manager.
-
-    Small pieces of work on all cores: torch's own threads would meet after every operator.
-    """
-
-    def __enter__(self) -> Workers:
-        self.count = torch.get_num_threads()
-        self._pool = None
-        if self.count > 1:
-            self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            # what a thread sets for itself reaches the libraries below, and from there the others
-            torch.set_num_threads(self.count)
-
-    def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
-        """The values in the order of the items; the first error is raised once all have ended."""
-        if self._pool is None:
-            return [function(item) for item in items]
-        futures = [self._pool.submit(function, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,10 @@ class Params:
     zero: Tensor | None = None
     g_idx: Tensor | None = None
 
+    def rows(self, part: slice) -> Params:
+        """Those of some rows, without a copy."""
+        return Params(self.scale[part], None if self.zero is None else self.zero[part], self.g_idx)
+
     def per_channel(self, columns: int) -> tuple[Tensor, Tensor | None]:
         """Scale and zero spread over the input channels: [N, K] each."""
         if self.g_idx is not None:

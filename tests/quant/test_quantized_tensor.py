@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from brise.quant import dequantize
 from brise.quant.algorithms import ALGORITHMS
 from brise.quant.apply import measure, quantize_weight
 from brise.quant.config import ConfigError, QuantSpec
@@ -229,3 +230,25 @@ def test_errors_name_the_module():
     spec = QuantSpec(format="int8", algorithm="gptq")
     with pytest.raises(HessianError, match=r"^q_proj: the Hessian holds NaN"):
         quantize_weight("q_proj", torch.randn(2, 2), spec, torch.full((2, 2), torch.nan))
+
+
+@pytest.mark.parametrize("spec", PRESET_SPECS, ids=lambda s: f"{s.algorithm}-{s.format}-{s.group_size}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_decoded_by_several_threads_are_those_decoded_one_by_one(spec, dtype, monkeypatch):
+    monkeypatch.setattr(dequantize, "_MANY", 1)
+    monkeypatch.setattr(dequantize, "_CHUNK", 512)
+    threads = torch.get_num_threads()
+    q = small(spec, rows=21)
+    one_by_one = torch.cat([decode_packed_row(q, row, dtype) for row in range(21)])
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(q.dequantize(dtype), one_by_one)
+        assert torch.equal(q.dequantize(dtype, 4, 17), one_by_one[4:17])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+def decode_packed_row(q: QuantizedTensor, row: int, dtype: torch.dtype) -> torch.Tensor:
+    scale, zero = q.params().rows(slice(row, row + 1)).per_channel(q.shape[1])
+    return FORMATS[q.spec.format].decode(q.codes()[row : row + 1], scale, zero).to(dtype)

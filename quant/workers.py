@@ -1,0 +1,47 @@
+"""Small pieces of tensor work on all cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class Workers:
+    """As many threads as torch has, each of which computes by itself; used as a context manager.
+
+    Small pieces of work on all cores: torch's own threads would meet after every operator.
+    """
+
+    def __enter__(self) -> Workers:
+        self.count = torch.get_num_threads()
+        self._pool = None
+        if self.count > 1:
+            self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            # what a thread sets for itself reaches the libraries below, and from there the others
+            torch.set_num_threads(self.count)
+
+    def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """The values in the order of the items; the first error is raised once all have ended."""
+        if self._pool is None:
+            return [function(item) for item in items]
+        futures = [self._pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
