@@ -5,15 +5,21 @@ Importing this module neither needs triton nor asks for a device.
 """
 
 from .checks import has_triton
+from .decode_ops import decode_attention
+from .fused_ops import rms_norm, rope_cache_write, swiglu
 from .matmul_ops import int8_dynamic_matmul, quant_matmul
 from .weights import PackedWeight, dequantize, pack_weight, unpack_weight
 
 __all__ = [
     "PackedWeight",
+    "decode_attention",
     "dequantize",
     "has_triton",
     "int8_dynamic_matmul",
     "pack_weight",
     "quant_matmul",
+    "rms_norm",
+    "rope_cache_write",
+    "swiglu",
     "unpack_weight",
 ]

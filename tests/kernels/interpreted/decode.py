@@ -1,0 +1,173 @@
+"""Run by test_interpreted.py under TRITON_INTERPRET=1: decode attention on the CPU against float64."""
+
+import itertools
+import math
+
+import torch
+
+from brise.kernels import launch, ops, tuning_decode
+from brise.kernels.budget import check_budget
+
+NAN = float("nan")
+
+
+def attend(q, k, v, first, window):
+    """One query [H, D] at the last of the positions k, v [KV, P, D]: plain, in the dtype of q."""
+    heads, groups = q.shape[0], k.shape[0]
+    out = torch.zeros_like(q)
+    low = max(first, 0, k.shape[1] - window)
+    for h in range(heads):
+        keys, values = k[h * groups // heads, low:], v[h * groups // heads, low:]
+        if keys.shape[0]:
+            scores = (q[h] @ keys.T) * q.shape[-1] ** -0.5
+            work = torch.float64 if q.dtype == torch.float64 else torch.float32
+            out[h] = scores.to(work).softmax(-1).to(q.dtype) @ values
+    return out
+
+
+def quantized(x):
+    """[KV, P, D] -> codes, scales [KV, P]."""
+    scale = x.float().abs().amax(-1) / 127
+    return (x.float() / scale[..., None]).round().to(torch.int8), scale
+
+
+def case(seen, heads, groups, width, slots, dtype, window=None, start=None, int8=False, queries=1):
+    """Everything random; unwritten slots hold nan (codes: 127 and a scale of nan)."""
+    batch = len(seen)
+    ring = {
+        "keys": torch.full((batch, groups, slots, width), NAN).to(dtype),
+        "values": torch.full((batch, groups, slots, width), NAN).to(dtype),
+    }
+    if int8:
+        ring = {name: torch.full(t.shape, 127, dtype=torch.int8) for name, t in ring.items()}
+        ring |= {s: torch.full((batch, groups, slots), NAN) for s in ("key_scales", "value_scales")}
+    q = torch.randn(batch, queries, heads, width).to(dtype) * 2
+    exact, eager = torch.zeros(q.shape, dtype=torch.float64), torch.zeros_like(q)
+    for b, count in enumerate(seen):
+        past = {name: torch.randn(groups, count, width).to(dtype) for name in ("keys", "values")}
+        past["values"] += 0.5
+        true = {}
+        for name, x in past.items():
+            codes, scale = quantized(x) if int8 else (x, None)
+            for p in range(count):
+                ring[name][b, :, p % slots] = codes[:, p]
+                if int8:
+                    ring[name[:-1] + "_scales"][b, :, p % slots] = scale[:, p]
+            true[name] = codes.double() * scale[..., None].double() if int8 else x.double()
+        first = 0 if start is None else start[b]
+        for t in range(queries):
+            end = count - queries + 1 + t
+            if end > 0:
+                k, v = true["keys"][:, :end], true["values"][:, :end]
+                # without a window the ring is the bound, counted from the newest position
+                reach = slots - (queries - 1 - t) if window is None else window
+                exact[b, t] = attend(q[b, t].double(), k, v, first, reach)
+                eager[b, t] = attend(q[b, t], k.to(dtype), v.to(dtype), first, reach)
+    positions = {"seen": torch.tensor(seen, dtype=torch.int32)}
+    if start is not None:
+        positions["start"] = torch.tensor(start)
+    return q, ring | positions, exact, eager
+
+
+def check(*args, window=None, **options):
+    q, given, exact, eager = case(*args, window=window, **options)
+    if q.shape[1] == 1:
+        q, exact, eager = q[:, 0], exact[:, 0], eager[:, 0]
+    out = ops.decode_attention(q, **given, window=window, impl="triton")
+    check_budget(out, eager, exact, f"decode {args} {window} {options}")
+    assert not out[exact == 0].any()
+    again = ops.decode_attention(q, **given, window=window, impl="triton")
+    assert torch.equal(out, again)
+    # a row alone has the bits that it has in the batch
+    for b in range(q.shape[0]):
+        alone = {name: t[b : b + 1] for name, t in given.items()}
+        assert torch.equal(
+            ops.decode_attention(q[b : b + 1], **alone, window=window, impl="triton")[0], out[b]
+        )
+    return out
+
+
+def check_padding():
+    """The same keys with and without 5 positions of padding before them: the same bits."""
+    torch.manual_seed(3)
+    q, given, _, _ = case((150,), 2, 1, 16, 200, torch.float16)
+    plain = ops.decode_attention(q, **given, impl="triton")
+    moved = {name: given[name].roll(5, dims=2) for name in ("keys", "values")}
+    moved |= {"seen": given["seen"] + 5, "start": torch.tensor([5], dtype=torch.int32)}
+    assert torch.equal(ops.decode_attention(q, **moved, impl="triton"), plain)
+    windowed = [ops.decode_attention(q, **x, window=131, impl="triton") for x in (given, moved)]
+    assert torch.equal(*windowed)
+
+
+def check_steps():
+    """Several queries at once have the bits that each has in its own step."""
+    torch.manual_seed(4)
+    q, given, _, _ = case((131, 7), 3, 1, 16, 200, torch.float16, queries=3)
+    together = ops.decode_attention(q, **given, window=100, impl="triton")
+    for t in range(3):
+        step = given | {"seen": given["seen"] - 2 + t}
+        assert torch.equal(ops.decode_attention(q[:, t], **step, window=100, impl="triton"), together[:, t])
+
+
+def check_strides():
+    """Queries, keys and values inside wider tensors."""
+    q, given, _, _ = case((30, 12), 4, 2, 24, 20, torch.float16)
+    plain = ops.decode_attention(q[:, 0], **given, impl="triton")
+    wide = torch.randn(2, 4, 72).half()
+    wide[..., 24:48] = q[:, 0]
+    both = torch.stack((given.pop("keys"), given.pop("values")), dim=3)
+    out = ops.decode_attention(wide[..., 24:48], both[..., 0, :], both[..., 1, :], **given, impl="triton")
+    assert torch.equal(out, plain)
+
+
+def check_window_boundary():
+    """The key at distance W - 1 counts, the one at distance W does not: by a value that nothing else has."""
+    for seen, window, slots in itertools.product((9, 40), (1, 8), (8, 21)):
+        for distance, counts in ((window - 1, True), (window, False)):
+            newest = seen - 1
+            if not newest - distance >= 0 or distance >= slots:
+                continue
+            keys = torch.zeros(1, 1, slots, 16)
+            values = torch.zeros(1, 1, slots, 16)
+            values[0, 0, (newest - distance) % slots] = 1.0
+            out = ops.decode_attention(
+                torch.zeros(1, 1, 16), keys, values, torch.tensor([seen]), window=window, impl="triton"
+            )
+            assert math.isclose(float(out[0, 0, 0]), (1 / min(window, seen)) * counts, rel_tol=1e-6)
+
+
+def poison():
+    """Outputs come from torch.empty: fill it with NaN, so that an element left unwritten shows."""
+    make = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = make(*args, **kwargs)
+        return out.fill_(NAN) if out.is_floating_point() else out
+
+    torch.empty = poisoned
+
+
+if __name__ == "__main__":
+    assert launch.interpreting()
+    torch.manual_seed(0)
+    poison()
+    # several splits at sizes that the interpreter can bear
+    tuning_decode.CHUNK = 64
+    for dtype in (torch.float16, torch.float32):
+        for int8 in (False, True):
+            # not full, exactly full, wrapped, wrapped twice, one token, none
+            check((20, 45, 61, 131, 1, 0), 3, 1, 24, 45, dtype, int8=int8)
+        check((20, 90, 131), 4, 2, 16, 90, dtype, window=70, start=(3, 0, 110), int8=True)
+        check((300,), 4, 1, 80, 200, dtype, window=170)
+        check((130, 17), 2, 1, 32, 160, dtype, window=100, queries=3, start=(0, 15))
+    check((10, 64, 129), 1, 1, 16, 64, torch.float16)
+    check((70,), 17, 1, 96, 64, torch.float16)
+    check((70, 3), 2, 2, 128, 100, torch.float16, int8=True)
+    check((40,), 72, 1, 16, 64, torch.float32, queries=2, window=20)
+    check((5, 9), 2, 1, 256, 16, torch.float16)
+    check_padding()
+    check_steps()
+    check_strides()
+    check_window_boundary()
+    assert launch._locks and not any(bool(c.any()) for sets in launch._locks.values() for c in sets)
+    print("interpreted decode attention: all within budget")
