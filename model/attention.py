@@ -1,9 +1,9 @@
 """Grouped-query attention with a sliding window, dispatched by name.
 
 `config._attn_implementation` names the kernel: `eager` is here, `sdpa`, `flash_attention_2`, `flex_attention`
-and the rest are found in transformers' ALL_ATTENTION_FUNCTIONS. A kernel of our own is a function registered
-there (and in ALL_MASK_ATTENTION_FUNCTIONS, which decides what mask it is handed) under a name such as
-`brise`; nothing here changes.
+and the rest are found in transformers' ALL_ATTENTION_FUNCTIONS, `brise` among them (attention_brise.py). A
+further one is a function registered there (and in ALL_MASK_ATTENTION_FUNCTIONS, which decides what mask it is
+handed); nothing here changes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def attention_mask_for(
         position_ids: [B, T]; with neither mask nor cache, a jump in them means packed texts.
     Returns:
         eager: additive [B, 1, T, keys]. sdpa: boolean, True = keep, or None for "plainly causal". flash: [B,
-        keys] or None. flex: a BlockMask. One that registered no mask: None.
+        keys] or None. flex: a BlockMask. brise: bounds. One that registered no mask: None.
     """
     build = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
     return build(

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from . import attention_brise
 from .attention import MistralAttention, attention_mask_for
 from .blocks import MistralDecoderLayer, MistralRMSNorm
 from .rope import MistralRotaryEmbedding
@@ -36,6 +37,14 @@ class MistralPreTrainedModel(PreTrainedModel):
         "hidden_states": MistralDecoderLayer,
         "attentions": MistralAttention,
     }
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        """As transformers has it; `brise` is made known to it when it is first asked for."""
+        if requested_attention == attention_brise.NAME:
+            attention_brise.register()
+        return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
 
 
 class MistralModel(MistralPreTrainedModel):

@@ -1,4 +1,5 @@
-"""The plug-in for transformers: after ``import brise.model.hf`` it reads, makes and writes quantized folders.
+"""The plug-in for transformers: after ``import brise.model.hf`` it reads, makes and writes quantized folders,
+and knows the attention implementation ``brise``.
 
     import brise.model.hf
     from transformers import AutoModelForCausalLM
@@ -29,10 +30,13 @@ from ..quant.apply import find_targets, quantize_weight, replace_module, resolve
 from ..quant.config import ConfigError, QuantConfig, QuantSpec
 from ..quant.linear import QuantEmbedding, QuantLinear
 from ..quant.tensor import layout
+from . import attention_brise
 from .quantization_entry import FORMAT_VERSION, METHOD, entry_of, guard_of, is_guard, read_entry
 from .safetensors_header import CheckpointError, Entry, read_header
 
 __all__ = ["BriseConfig", "BriseHfQuantizer"]
+
+attention_brise.register()
 
 
 @register_quantization_config(METHOD)
