@@ -194,14 +194,13 @@ def test_opcheck():
     torch.library.opcheck(brise.rms_norm.default, (x, w, 1e-5, "auto"))
     torch.library.opcheck(brise.add_rms_norm.default, (x, r.requires_grad_(), w, 1e-5, "auto"))
     torch.library.opcheck(brise.swiglu.default, (x, r, "auto"))
-    for int8 in (False, True):
-        ring = rings(2, 2, 7, 12, torch.float32, int8)
-        scales = (ring.pop("key_scales"), ring.pop("value_scales")) if int8 else (None, None)
-        arguments = (
-            torch.randn(2, 1, 4, 12), torch.randn(2, 1, 2, 12), torch.randn(2, 1, 2, 12), torch.randn(1, 1, 12),
-            torch.randn(1, 1, 12), torch.tensor([3, 9]), ring["keys"], ring["values"], *scales, "auto",
-        )  # fmt: skip
-        torch.library.opcheck(brise.rope_cache_write.default, arguments)
+    # without scales: test_compiles_into_one_graph
+    ring = rings(2, 2, 7, 12, torch.float32, True)
+    states = [torch.randn(2, 1, heads, 12) for heads in (4, 2, 2)]
+    angles = [torch.randn(1, 1, 12) for _ in range(2)]
+    torch.library.opcheck(
+        brise.rope_cache_write.default, (*states, *angles, torch.tensor([3, 9]), *ring.values(), "auto")
+    )
 
 
 def test_compiles_into_one_graph():
