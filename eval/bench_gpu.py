@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..kernels import tuning
-from . import gpu_matmul
+from . import gpu_attention, gpu_decode, gpu_matmul
 from .gpu_protocol import Case, GraphTimer, RowFile, Timer, ceilings, measure
 from .gpu_table import markdown
 from .gpu_tune import tune
@@ -26,7 +26,11 @@ from .timing import version_of
 Progress = Callable[[str, int, int], None]
 # of the time that tuning may take
 TUNING_SHARE = 0.35
-FAMILIES: tuple[Callable[[], list[Case]], ...] = (gpu_matmul.cases,)
+FAMILIES: tuple[Callable[[], list[Case]], ...] = (
+    gpu_matmul.cases,
+    gpu_attention.cases,
+    gpu_decode.cases,
+)
 
 
 class NoGpuError(RuntimeError):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from brise.eval import bench_gpu, gpu_matmul, gpu_protocol, gpu_tune
+from brise.eval import bench_gpu, gpu_attention, gpu_decode, gpu_matmul, gpu_protocol, gpu_tune
 from brise.eval.gpu_protocol import Case, Goal, Problem, RowFile, Side, WallTimer, copies_for, judge, measure
 from brise.kernels import reference, tuning
 
@@ -18,7 +18,8 @@ def small(monkeypatch):
     """One copy of each weight is enough here, and no tuning outlives its test."""
     monkeypatch.setattr(gpu_protocol, "COPIES_BYTES", 1)
     monkeypatch.setattr(gpu_matmul, "copies_for", lambda nbytes: 2)
-    monkeypatch.setattr(gpu_tune, "copies_for", lambda nbytes: 1)
+    for module in (gpu_tune, gpu_decode):
+        monkeypatch.setattr(module, "copies_for", lambda nbytes: 1)
     yield
     tuning.use("cpu", None)
 
@@ -36,6 +37,65 @@ def test_a_case_is_checked_and_every_side_has_a_time(name, dtype):
     if name.startswith("int4"):
         assert "gemlite" in row["seconds"] or "gemlite" in row["missing"]
     json.dumps(row, allow_nan=False)
+
+
+TINY = {"heads": 4, "kv_heads": 2, "head_dim": 16, "window": 20}
+
+
+@pytest.mark.parametrize("length", [15, 90])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("make", [gpu_attention.attention_case, gpu_attention.backward_case])
+def test_attention_is_checked_on_a_part_of_it(make, dtype, length):
+    row = measure(make(length, dtype, **TINY), CPU, WallTimer(), rounds=3)
+    assert row["ok"] and row["repeatable"], row
+    assert 0 < row["errors"]["ours"] <= row["allowed"] and row["window"] == 20
+    assert "flash" in row["missing"], "the CPU has none of that name"
+    assert ("sdpa" in row["seconds"]) == (length <= 20 and row["pass"] == "forward")
+    seen = sum(min(query + 1, 20) for query in range(length))
+    assert row["flops"] == (4 if row["pass"] == "forward" else 10) * seen * 4 * 16
+
+
+@pytest.mark.parametrize("at", [0, 45, 52, 89])
+@pytest.mark.parametrize("name", ["forward", "dq", "dk", "dv"])
+def test_what_is_checked_of_attention_sees_a_wrong_window(name, at, monkeypatch):
+    """A result for a window one key wider is refused, by every part that is looked at."""
+    wide = gpu_attention.sliding_attention
+
+    def off(q, k, v, *, window):
+        return wide(q, k, v, window=window + 1)
+
+    if name == "forward":
+        monkeypatch.setattr(gpu_attention, "sliding_attention", off)
+        row = measure(gpu_attention.attention_case(90, "float16", **TINY), CPU, WallTimer(), 3)
+    else:
+        problem = gpu_attention.make_backward(90, torch.float16, gpu_attention.sizes(**TINY), CPU)
+        grads = list(problem.sides["ours"].calls[0]())
+        which = ("dq", "dk", "dv").index(name)
+        grads[which] = grads[which].clone()
+        grads[which][:, at] += 0.5
+        checked = 45 <= at < 45 + gpu_attention.SAMPLES
+        wrong = gpu_protocol.relative_error(problem.pick(tuple(grads)), problem.exact) > problem.allowed
+        assert wrong == checked
+        return
+    assert not row["ok"] and "wrong: relative error" in row["missing"]["ours"]
+
+
+@pytest.mark.parametrize("context", [3, 16, 40])
+@pytest.mark.parametrize("int8", [False, True])
+def test_decoding_steps_are_checked(int8, context):
+    row = measure(
+        gpu_decode.decode_case(3, context, int8, "float16", shape=(4, 2, 16, 16)), CPU, WallTimer(), 3
+    )
+    assert row["ok"] and row["repeatable"], row
+    assert ("sdpa" in row["seconds"]) != int8
+    if not int8:
+        assert row["errors"]["sdpa"] <= 2 * row["allowed"]
+
+
+def test_the_rest_of_a_step_is_checked():
+    for one in (gpu_decode.norm_case(3, 64, "bfloat16"), gpu_decode.swiglu_case(3, 48, "bfloat16")):
+        row = measure(one, CPU, WallTimer(), 3)
+        assert row["ok"] and row["repeatable"] and set(row["seconds"]) == {"ours", "eager"}, row
 
 
 def case(call, goal=None, exact=None, **more):
