@@ -80,7 +80,8 @@ class QuantLinear(_Quantized):
     ``state_dict()`` undo it; torch's packed int4 of a CPU cannot be undone and lies beside it, half a byte a weight
     more. A stored tensor is replaced by assigning it: one that is changed in place after a product is not seen.
 
-    The gradient flows to x (adapters train on top); the codes are fixed.
+    The gradient flows to x; the codes are fixed. So adapters train on top, with peft by
+    ``lora_config._register_custom_module({QuantLinear: peft.tuners.lora.Linear})``.
 
     Attributes:
         batch_invariant: a row of y does not depend, in any bit, on the other rows of x; see :func:`batch_invariant`.
@@ -262,6 +263,10 @@ class QuantEmbedding(_Quantized):
                 f"token ids must be 0..{self.num_embeddings - 1}, got {int(rows[0])}..{int(rows[-1])}"
             )
         return nn.functional.embedding(index, self._rows(rows).to(self.dtype))
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """As :meth:`forward` for ids that are known to be in the table; asks the device for nothing (CUDA graphs)."""
+        return self._rows(ids.flatten()).to(self.dtype).view(*ids.shape, self.embedding_dim)
 
     def _rows(self, rows: Tensor) -> Tensor:
         """Decode the rows [R] named: fp32 [R, embedding_dim]."""
