@@ -4,6 +4,7 @@ gradient where there is one; ``impl`` is ``auto``, ``reference`` or ``triton``.
 Importing this module neither needs triton nor asks for a device.
 """
 
+from .attention_ops import sliding_attention
 from .checks import has_triton
 from .decode_ops import decode_attention
 from .fused_ops import rms_norm, rope_cache_write, swiglu
@@ -20,6 +21,7 @@ __all__ = [
     "quant_matmul",
     "rms_norm",
     "rope_cache_write",
+    "sliding_attention",
     "swiglu",
     "unpack_weight",
 ]
