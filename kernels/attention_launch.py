@@ -86,7 +86,7 @@ def forward(
     Args:
         bounds: contiguous int32 [B or 1, 2, S], in place of window, causal and offset; window 0: none.
     """
-    batch, queries, heads, head_dim = q.shape
+    batch, queries, heads, _ = q.shape
     keys, kv = k.shape[1], k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -120,7 +120,7 @@ def backward(
     config: tuning.AttentionConfigs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous, in the dtype of q; out and lse as the forward gave them, contiguous."""
-    batch, queries, heads, head_dim = q.shape
+    batch, queries, heads, _ = q.shape
     keys, kv = k.shape[1], k.shape[2]
     if not q.numel() or not k.numel():
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

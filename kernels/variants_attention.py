@@ -45,8 +45,11 @@ def _variant(
     strides = tuple(n for n in kernel.arg_names if len(n) == 3 and n[0] == "s" and n not in ("sbb", "srb"))
     marks = ["bounds"] * bounded + ["causal"] * (not windowed and not bounded) + ["mha"] * (groups == 1)
     name = "-".join([f"attention-{what}", f"d{head_dim}", dtype, f"sm{arch}", *marks])
+    # the side of the product that the instruction wants 64 wide
+    wide = (config.bn if what == "dkdv" else config.bm) >= 64
     return Variant(
-        name, kernel, types, constants, config.warps, config.stages, divisible=strides, needs=("HGMMA",),
+        name, kernel, types, constants, config.warps, config.stages, divisible=strides,
+        needs=("HGMMA",) if wide else (),
         arches=(arch,),
     )  # fmt: skip
 

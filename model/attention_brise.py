@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from ..kernels.attention_ops import sliding_attention
+from ..kernels.decode_ops import decode_attention
 
 NAME = "brise"
 # what other implementations take and this one does not
@@ -42,8 +43,8 @@ def brise_mask(
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = False,
@@ -100,7 +101,7 @@ def _chunks(config: Any) -> bool:
     return getattr(config, "attention_chunk_size", None) is not None
 
 
-def _padding(mask: Tensor, kv_length: int, kv_offset: int | Tensor) -> tuple[Tensor, Tensor] | None:
+def _padding(mask: Tensor, kv_length: int, kv_offset: int) -> tuple[Tensor, Tensor] | None:
     """The first real key and the one behind the last, [B, 1] each; None where every key is real."""
     missing = kv_offset + kv_length - mask.shape[1]
     if missing > 0:
@@ -128,12 +129,12 @@ def _padding(mask: Tensor, kv_length: int, kv_offset: int | Tensor) -> tuple[Ten
 
 
 def _interval(
-    mask_function: Callable[..., Tensor],
+    mask_function: Callable[..., Any],
     batch: int,
     query: Tensor,
     own: Tensor,
     q_offset: int | Tensor,
-    kv_offset: int | Tensor,
+    kv_offset: int,
     keys: int,
 ) -> tuple[Tensor, Tensor]:
     """lo and hi [B, T] of each query, by asking `mask_function`, keys counted from the first that is there.
@@ -217,7 +218,28 @@ def brise_attention_forward(
             window = window if packed["bounds"] is None else None
     if bounds is not None:
         packed, window = {"bounds": bounds}, None
+    if q.shape[1] == 1 and k.shape[1] and not (torch.is_grad_enabled() and _needs_grad(query, key, value)):
+        return _decode(q, k, v, bounds, window, scaling), None
     return sliding_attention(q, k, v, window=window, causal=causal, scale=scaling, **packed), None
+
+
+def _needs_grad(*states: Tensor) -> bool:
+    return any(x.requires_grad for x in states)
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, window: int | None, scale: float | None
+) -> Tensor:
+    """One query a row, by the kernel that splits the keys: for it they are a ring that has not come round."""
+    keys = k.shape[1]
+    start: Tensor | None = None
+    if bounds is not None:
+        start, seen = bounds[:, 0, 0].contiguous(), bounds[:, 1, 0].contiguous()
+    else:
+        seen = torch.full(q.shape[:1], keys, dtype=torch.int32, device=q.device)
+        if window is not None and window < keys:
+            start = seen - window
+    return decode_attention(q, k.transpose(1, 2), v.transpose(1, 2), seen, start=start, scale=scale)
 
 
 def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:

@@ -1,10 +1,13 @@
 """Run by test_interpreted.py under TRITON_INTERPRET=1: the forward kernel on the CPU against float64."""
 
+import tempfile
+
 import torch
 
 from brise.kernels import attention_launch as launch
 from brise.kernels import attention_reference as reference
 from brise.kernels.attention_bounds import key_bounds
+from brise.kernels import tuning_attention as tuning
 from brise.kernels.budget import check_budget
 from brise.kernels.launch import interpreting
 from brise.kernels.tuning_attention import AttentionConfig
@@ -66,7 +69,9 @@ def check_shapes():
     check(q, k, v, "queries before the first key", 7, offset=-5)
     check(q[:, :1], k, v, "one query", 20)
     check(q[:, :1], k[:, :1], v[:, :1], "one token", 3)
-    check(q.contiguous(), k.expand(1, -1, -1, -1), v[:, :, :1].expand(-1, -1, 2, -1), "strides", 12, config=WIDE)
+    check(
+        q.contiguous(), k.expand(1, -1, -1, -1), v[:, :, :1].expand(-1, -1, 2, -1), "strides", 12, config=WIDE
+    )
 
 
 def check_padding():
@@ -116,6 +121,28 @@ def check_untouched():
             assert torch.equal(out[:, first : first + 16], want[:, first : first + 16]), first
 
 
+def check_groups():
+    """Heads that run side by side: 2 of 5 at a time, the last one alone."""
+    before, tuning.SHARED_KEYS_BYTES = tuning.SHARED_KEYS_BYTES, 2 * 2 * 20 * 16 * 4
+    q, k, v = states(5, 20, 20, 1, 1, 16, torch.float32)
+    assert tuning.heads_per_group(5, 20, 16, 4) == 2
+    check(q, k, v, "groups of heads")
+    tuning.SHARED_KEYS_BYTES = before
+
+
+def check_far(folder):
+    """Keys, values and batches that lie more than 2^31 elements apart, in a file of holes."""
+    step, keys = 1 << 22, 600
+    file = torch.from_file(f"{folder}/far", shared=True, size=step * keys + 32, dtype=torch.float16)
+    k, v = (file[i * 16 :].as_strided((1, keys, 1, 16), (0, step, 0, 1)) for i in (0, 1))
+    k[:, -20:], v[:, -20:] = torch.randn(2, 1, 20, 1, 16)
+    q = torch.randn(1, 2, 1, 16).half()
+    check(q, k, v, "far keys", 18)
+    k, v = (file[i * 16 :].as_strided((2, 1, 1, 16), (1 << 31, 0, 0, 1)) for i in (0, 1))
+    k[:], v[:] = torch.randn(2, 2, 1, 1, 16)
+    check(torch.randn(2, 1, 1, 16).half(), k, v, "far batches", 18)
+
+
 def poison():
     """Outputs come from torch.empty: fill it with NaN, so that an element left unwritten shows."""
     make = torch.empty
@@ -137,4 +164,7 @@ if __name__ == "__main__":
     check_packed()
     check_empty()
     check_untouched()
+    check_groups()
+    with tempfile.TemporaryDirectory() as folder:
+        check_far(folder)
     print("interpreted attention forward: all within budget")
