@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -63,6 +64,19 @@ def test_a_torn_last_line_is_reported_and_then_replaced(cut, tmp_path):
     append_row(path, make_row("c"))
     assert path.read_bytes().startswith(whole)
     assert [row.key for row in read_rows(path)[0]] == ["a", "c"] and not read_rows(path)[1]
+
+
+def test_a_row_that_the_disk_takes_only_in_part_is_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "runs.jsonl"
+    append_row(path, make_row("a"))
+    whole, write = path.read_bytes(), os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: write(file, data[:100]))
+        with pytest.raises(
+            OSError, match=r"only 100 of \d+ bytes could be written to .*; is the disk full\?"
+        ):
+            append_row(path, make_row("b"))
+    assert path.read_bytes() == whole
 
 
 def test_a_file_of_nothing_but_a_torn_line(tmp_path):
