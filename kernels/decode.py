@@ -19,16 +19,16 @@ from .launch import DTYPES, counters
 @triton.jit
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, seen_ptr, start_ptr, out_ptr, acc_ptr, stat_ptr, lock_ptr,
-    scale, T, KV, W, window, chunk, sqb, sqt, sqh, skb, skh, skw, svb, svh, svw, ssb, ssh,
+    scale, T, KV, W, window, sqb, sqt, sqh, skb, skh, skw, svb, svh, svw, ssb, ssh,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-    INT8: tl.constexpr, START: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr, INT8: tl.constexpr, START: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * KV * blocks of rows, splits). G query heads a KV head; ``scale`` is log2(e) times the scale."""
     rows_all = T * G
     blocks = tl.cdiv(rows_all, BR)
     block = tl.program_id(0) % blocks
     head = (tl.program_id(0) // blocks) % KV
-    b = (tl.program_id(0) // (blocks * KV)).to(tl.int64)
+    b = (tl.program_id(0) // blocks // KV).to(tl.int64)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
 
@@ -40,9 +40,9 @@ def decode_kernel(
         start = seen * 0
     oldest = seen - T + 1 - window
     lowest = tl.maximum(tl.maximum(oldest, seen - W), start)
-    first = (lowest - start) // chunk
+    first = (lowest - start) // CHUNK
     # programs beyond the last chunk have nothing to do; an empty row still needs its zeros
-    active = tl.maximum(tl.cdiv(seen - start, chunk) - first, 1)
+    active = tl.maximum(tl.cdiv(seen - start, CHUNK) - first, 1)
 
     if split < active:
         row = block * BR + tl.arange(0, BR)
@@ -63,10 +63,10 @@ def decode_kernel(
         m = tl.full((BR,), float("-inf"), tl.float32)
         l = tl.zeros((BR,), tl.float32)
         acc = tl.zeros((BR, BD), tl.float32)
-        origin = start + (first + split) * chunk
+        origin = start + (first + split) * CHUNK
         # whole steps that lie before the window are left out, without moving the others
         begin = origin + tl.maximum(lowest - origin, 0) // BN * BN
-        end = tl.minimum(origin + chunk, seen)
+        end = tl.minimum(origin + CHUNK, seen)
         for p0 in tl.range(begin, end, BN, num_stages=STAGES):
             p = p0 + tl.arange(0, BN)
             held = (p >= lowest) & (p < seen)
@@ -164,10 +164,10 @@ def decode_attention(
         q, keys, values, key_scales, value_scales, seen, start, out, sums, stats, counters(q.device, programs),
         scale * 1.4426950408889634, queries, groups, slots,
         # no position is farther away than this, and half of int32 is left for sums
-        1 << 30 if window is None else window, tuning_decode.chunk_of(span),
+        1 << 30 if window is None else window,
         q.stride(0), q.stride(1), q.stride(2), *keys.stride()[:3], *values.stride()[:3], *scales,
         G=heads // groups, D=width, BD=max(16, triton.next_power_of_2(width)), BR=tile, BN=config.bn,
-        INT8=key_scales is not None, START=start is not None, STAGES=config.stages, DTYPE=DTYPES[q.dtype],
-        num_warps=config.warps,
+        CHUNK=tuning_decode.chunk_of(span), INT8=key_scales is not None, START=start is not None,
+        STAGES=config.stages, DTYPE=DTYPES[q.dtype], num_warps=config.warps,
     )  # fmt: skip
     return out

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import decode_cpu, decode_reference
-from .checks import FLOATS, runs_triton
+from .checks import FLOATS, has_triton, runs_triton
 from .tuning_decode import MAX_HEAD_DIM
 
 
@@ -97,6 +97,13 @@ def check_ring(
         raise TypeError(f"keys and values must be of one dtype, got {keys.dtype} and {values.dtype}")
 
 
+def uses_triton(impl: str, x: Tensor) -> bool:
+    """Whether the Triton kernel is to run. fp32 as well: these ops wait for memory, not for matrix instructions."""
+    if impl == "auto":
+        return x.is_cuda and x.dtype in FLOATS[:3] and has_triton()
+    return runs_triton(impl, "tiles", x)
+
+
 def check_positions(name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if t.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be torch.int32 or torch.int64, got {t.dtype}")
@@ -153,7 +160,7 @@ def _decode(
     fits = q.shape[3] <= MAX_HEAD_DIM
     if impl == "triton" and not fits:
         raise ValueError(f"impl='triton' takes heads of at most {MAX_HEAD_DIM}, got q {list(q.shape)}")
-    if fits and runs_triton(impl, "tiles", q):
+    if fits and uses_triton(impl, q):
         from . import decode
 
         return decode.decode_attention(*arguments)

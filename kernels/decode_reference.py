@@ -56,9 +56,9 @@ def decode_attention(
     batch, queries, heads, width = q.shape
     groups, slots = keys.shape[1], keys.shape[2]
     mask = visible(seen, start, slots, queries, window)[:, None, None]
-    # a slot that no query sees may hold anything, NaN too
+    # a slot that no query sees may hold anything, nan too, and zero times nan is nan
     hidden = ~mask.any(dim=3)[:, :, 0, :, None]
-    k = dequantize(keys, key_scales, q.dtype).masked_fill(hidden, 0)
+    k = dequantize(keys, key_scales, q.dtype)
     v = dequantize(values, value_scales, q.dtype).masked_fill(hidden, 0)
     grouped = q.reshape(batch, queries, groups, heads // groups, width).permute(0, 2, 3, 1, 4)
     scores = (grouped @ k[:, :, None].transpose(-1, -2)) * scale

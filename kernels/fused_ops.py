@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from . import fused_cpu, fused_reference
-from .checks import FLOATS, runs_triton
-from .decode_ops import check_positions, check_ring
+from .checks import FLOATS
+from .decode_ops import check_positions, check_ring, uses_triton
 from .tuning_decode import MAX_HEAD_DIM
 
 
@@ -98,12 +98,14 @@ def _check_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> No
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, impl: str) -> tuple[Tensor, Tensor]:
     _check_impl(impl)
     _check_norm(x, weight, residual)
-    if weight.dtype != torch.float64 and runs_triton(impl, "tiles", x):
+    if weight.dtype != torch.float64 and uses_triton(impl, x):
         from . import fused
 
         return fused.rms_norm(x, residual, weight, eps)
     total = x if residual is None else (x + residual).contiguous()
-    return fused_reference.rms_norm(total, weight, eps).contiguous(), total
+    on_cpu = impl == "auto" and x.device.type == "cpu"
+    norm = fused_cpu.rms_norm if on_cpu else fused_reference.rms_norm
+    return norm(total, weight, eps).contiguous(), total
 
 
 @torch.library.custom_op("brise::rms_norm", mutates_args=())
@@ -165,7 +167,7 @@ _add_rms_norm.register_autograd(_add_norm_gradient, setup_context=_add_norm_setu
 def _swiglu(gate: Tensor, up: Tensor, impl: str) -> Tensor:
     _check_impl(impl)
     _check_alike("gate", gate, "up", up)
-    if runs_triton(impl, "tiles", gate):
+    if uses_triton(impl, gate):
         from . import fused
 
         return fused.swiglu(gate, up)
@@ -243,7 +245,7 @@ def _rope(
     fits = q.shape[3] <= MAX_HEAD_DIM
     if impl == "triton" and not fits:
         raise ValueError(f"impl='triton' takes heads of at most {MAX_HEAD_DIM}, got q {list(q.shape)}")
-    if fits and runs_triton(impl, "tiles", q):
+    if fits and uses_triton(impl, q):
         from . import fused
 
         return fused.rope_cache_write(*arguments)

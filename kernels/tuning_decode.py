@@ -37,7 +37,10 @@ def decode_config(head_dim: int, element_size: int, tile: int) -> DecodeConfig:
 
 def chunk_of(span: int) -> int:
     """Keys of one split, a multiple of every BN, when at most ``span`` keys are visible."""
-    return CHUNK * max(1, -(-span // (CHUNK * MAX_SPLITS)))
+    chunk = CHUNK
+    while span > chunk * MAX_SPLITS:
+        chunk *= 2
+    return chunk
 
 
 def splits_of(span: int, queries: int) -> int:

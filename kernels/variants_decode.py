@@ -20,11 +20,12 @@ def _decode(head_dim: int, groups: int, dtype: str, int8: bool = False, queries:
     types = {
         "q_ptr": pointer, "k_ptr": ring, "v_ptr": ring, "ks_ptr": "*fp32", "vs_ptr": "*fp32", "seen_ptr": "*i32",
         "start_ptr": "*i32", "out_ptr": pointer, "acc_ptr": "*fp32", "stat_ptr": "*fp32", "lock_ptr": "*i32",
-        "scale": "fp32", "T": "i32", "KV": "i32", "W": "i32", "window": "i32", "chunk": "i32",
+        "scale": "fp32", "T": "i32", "KV": "i32", "W": "i32", "window": "i32",
     }  # fmt: skip
     strides = ("sqb", "sqt", "sqh", "skb", "skh", "skw", "svb", "svh", "svw", "ssb", "ssh")
     constants = {
         "G": groups, "D": head_dim, "BD": 1 << (head_dim - 1).bit_length(), "BR": tile, "BN": config.bn,
+        "CHUNK": tuning_decode.CHUNK,
         "INT8": int8, "START": queries > 1, "STAGES": config.stages, "DTYPE": _DTYPES[dtype],
     }  # fmt: skip
     if queries == 1:
@@ -33,7 +34,7 @@ def _decode(head_dim: int, groups: int, dtype: str, int8: bool = False, queries:
     name = f"decode-d{head_dim}-g{groups}-{dtype}" + "-int8" * int8 + f"-t{queries}" * (queries > 1)
     return Variant(
         name, decode_kernel, types | dict.fromkeys(strides, "i32"), constants, config.warps, config.stages,
-        divisible=("W", "chunk", *strides), needs=("HMMA",) if size == 2 and tile < 64 else (),
+        divisible=("W", *strides), needs=("HMMA",) if size == 2 and tile < 64 else (),
     )  # fmt: skip
 
 

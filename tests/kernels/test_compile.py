@@ -24,6 +24,9 @@ CHECKED = {
     "int8-dynamic-m64": (90,),
     "int8-dynamic-m32-outliers": (80,),
     "quantize-tokens": (90,),
+    "decode-d128-g4-bf16": (90,),
+    "decode-d128-g4-fp16-int8": (80,),
+    "rope-d128-bf16-int8": (90,),
 }
 
 

@@ -140,6 +140,23 @@ def test_what_is_broken_in_a_row_stays_there():
         torch.testing.assert_close(out[[0, 2]], sound[[0, 2]])
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_what_another_text_left_in_the_ring_is_not_seen(impl):
+    """A row that is given to a new text keeps the finite numbers of the old one."""
+    torch.manual_seed(6)
+    seen = (3, 9, 13)
+    for int8 in (False, True):
+        rows = history(seen, 2, 16, int8=int8)
+        given = {name: t.nan_to_num(50.0) for name, t in rings(rows, SLOTS).items()} | {
+            "seen": torch.tensor(seen)
+        }
+        q = torch.randn(3, 1, 4, 16)
+        for window in (None, 15, 4):
+            exact = attention(q, rows, SLOTS, window, None, torch.float64)
+            out = ops.decode_attention(q, **given, window=window, impl=impl)
+            torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
+
+
 def test_a_row_alone_has_the_bits_it_has_in_a_batch():
     torch.manual_seed(3)
     q, given = torch.randn(5, 6, 16), rings(history(SEEN, 2, 16), SLOTS) | {"seen": torch.tensor(SEEN)}

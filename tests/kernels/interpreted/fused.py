@@ -117,14 +117,14 @@ if __name__ == "__main__":
             check_norm(1, 576, dtype, residual=residual)
         check_swiglu((2, 3, 75), dtype)
         check_swiglu((1100,), dtype)
-        for int8 in (False, True):
-            # one token each, at the same and at other positions, and none for a row
-            check_rope(torch.tensor([4, 4, 37]), 1, 6, 2, 24, 16, dtype, int8)
-            check_rope(torch.tensor([-1, 15], dtype=torch.int32), 3, 4, 2, 16, 16, dtype, int8)
-            # more tokens than slots; padding on the left; out of order
-            check_rope(torch.tensor([2]), 11, 3, 3, 16, 5, dtype, int8)
-            each = torch.tensor([[-1, -1, 0, 1, 2, 3, 4, 5], [9, 8, 30, 31, 32, 33, 10, 7]])
-            check_rope(each, 8, 2, 1, 40, 7, dtype, int8)
+    for dtype, int8 in ((torch.float16, False), (torch.float16, True), (torch.float32, True)):
+        # one token each, at the same and at other positions, and none for a row
+        check_rope(torch.tensor([4, 4, 37]), 1, 6, 2, 24, 16, dtype, int8)
+        check_rope(torch.tensor([-1, 15], dtype=torch.int32), 3, 4, 2, 16, 16, dtype, int8)
+        # more tokens than slots; padding on the left; out of order
+        check_rope(torch.tensor([2]), 11, 3, 3, 16, 5, dtype, int8)
+        each = torch.tensor([[-1, -1, 0, 1, 2, 3, 4, 5], [9, 8, 30, 31, 32, 33, 10, 7]])
+        check_rope(each, 8, 2, 1, 40, 7, dtype, int8)
     check_norm(2, 40, torch.float16, weight_dtype=torch.float32)
     check_norm(0, 40, torch.float16)
     check_norm(2, 5000, torch.float16, residual=True)
