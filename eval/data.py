@@ -32,6 +32,7 @@ from .assets import fetch
 Role = Literal["calibration", "evaluation"]
 Bos = Literal["auto", "always", "never"]
 SEPARATOR = "\n\n"
+FREE = "free"
 # share of the passages, in order: calibration takes those before the first, evaluation those after the second
 SPLITS = {"calibration": (0.0, 0.6), "evaluation": (0.8, 1.0)}
 # a passage shorter than this (a heading, "See also") may stand in two texts without being the same text
@@ -166,6 +167,11 @@ class Windows:
         text_name, text_sha256: name and sha256 of the text they were cut from.
         bos: whether every window begins with the BOS token (counted in ``length``).
         stride: text tokens between the starts of two windows.
+        protocol: the name of the rule that cut them (:mod:`.protocols`), or ``free``.
+        stop: where windows are of unequal lengths, the end of each; what stands behind it is padding. None: all
+            end at ``length``.
+        documents: the document that each window is of, where documents are scored one by one.
+        words, bytes: of each document, where perplexity is asked by the word.
     """
 
     ids: Tensor
@@ -174,6 +180,11 @@ class Windows:
     text_sha256: str
     bos: bool
     stride: int
+    protocol: str = FREE
+    stop: tuple[int, ...] | None = None
+    documents: tuple[int, ...] | None = None
+    words: tuple[int, ...] | None = None
+    bytes: tuple[int, ...] | None = None
 
     @property
     def count(self) -> int:
@@ -184,14 +195,25 @@ class Windows:
         return self.ids.shape[1]
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """The end of each window."""
+        return (self.length,) * self.count if self.stop is None else self.stop
+
+    @property
+    def scored(self) -> Tensor:
+        """Scored tokens of each window, int64 [n]."""
+        return torch.tensor([end - first for first, end in zip(self.first_target, self.ends)])
+
+    @property
     def scored_tokens(self) -> int:
-        return sum(self.length - first for first in self.first_target)
+        return int(self.scored.sum())
 
     @cached_property
     def sha256(self) -> str:
         """Of the ids (little-endian int64) and first targets: equal where the same tokens are scored."""
         data = self.ids.numpy().astype("<i8").tobytes()
-        return hashlib.sha256(data + repr((tuple(self.ids.shape), self.first_target)).encode()).hexdigest()
+        what = (tuple(self.ids.shape), self.first_target, *(() if self.stop is None else (self.stop,)))
+        return hashlib.sha256(data + repr(what).encode()).hexdigest()
 
 
 def cut_windows(

@@ -6,123 +6,49 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..model.checkpoint import load_model, load_tokenizer, resolve_source
-from .data import Bos, Text, Windows, load_text, make_windows
-from .memory import gpu_peak, kv_cache_bytes, ledger_of_checkpoint, loaded_bytes, process_peak, reset_peak
+from .data import Text
+from .logprobs import cache_key, load_baseline, save_baseline
+from .memory import gpu_peak, kv_cache_bytes, ledger_of_checkpoint, loaded_bytes, process_peak
+from .memory_peaks import current_peak, measure_peaks, start_phase
 from .model_info import ModelInfo, model_info, quantization_of
 from .provenance import collect
-from .record import METRICS_VERSION, Memory, Protocol, Row
-from .scoring import Baseline, Scores, measure_baseline, score
-from .speed import SpeedProtocol, measure_speed
+from .record import METRICS_VERSION, LayerError, Memory, Protocol, Row
+from .scoring import Baseline, Predictions, Scores, measure_baseline, score
+from .setting import Setting, make_setting
+from .speed import measure_speed, measure_speeds
+from .tasks import Item, TaskScore, run_tasks, write_items
+
+__all__ = ["Setting", "evaluate", "make_setting", "measure_checkpoint", "measure_source", "row_key"]
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How every model of a comparison is measured: the same windows, precision, device and timing."""
-
-    windows: Windows
-    dtype: torch.dtype
-    device: torch.device
-    batch: int = 1
-    speed: SpeedProtocol | None = None
-    seed: int = 0
-    command: str | None = None
-
-    @property
-    def protocol(self) -> Protocol:
-        w = self.windows
-        return Protocol(
-            text=w.text_name,
-            text_sha256=w.text_sha256,
-            tokens_sha256=w.sha256,
-            windows=w.count,
-            length=w.length,
-            stride=w.stride,
-            scored_tokens=w.scored_tokens,
-            bos=w.bos,
-            dtype=str(self.dtype).removeprefix("torch."),
-            device=self.device.type,
-            speed=self.speed,
-        )
-
-
-def make_setting(
-    source: Path,
-    text: str | Text = "boolq",
-    *,
-    windows: int | None = 16,
-    length: int = 1024,
-    stride: int | None = None,
-    bos: Bos = "auto",
-    batch: int = 1,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    speed: SpeedProtocol | None = None,
-    seed: int = 0,
-    command: str | None = None,
-    cache_dir: str | Path | None = None,
-) -> Setting:
-    """The setting for ``source``, a checkpoint's folder, whose tokenizer cuts the text.
-
-    Args:
-        text: see :func:`brise.eval.data.load_text`.
-        windows, length, stride, bos: see :func:`brise.eval.data.make_windows`; windows None takes all.
-        dtype: of the computation; None is the checkpoint's own.
-        speed: what to time; None times nothing.
-
-    Raises:
-        TextError: no such text, or too short.
-        ValueError: longer windows than the model has positions for.
-    """
-    config = json.loads((source / "config.json").read_text())
-    if dtype is None:
-        name = config.get("dtype") or config.get("torch_dtype") or "float32"
-        dtype = getattr(torch, name)
-    positions = config.get("max_position_embeddings")
-    if positions is not None and length > positions:
-        raise ValueError(
-            f"expected windows of at most {positions} tokens, the model's positions, got {length}"
-        )
-    if isinstance(text, str):
-        text = load_text(text, "evaluation", cache_dir)
-    cut = make_windows(text, load_tokenizer(source), length=length, count=windows, stride=stride, bos=bos)
-    return Setting(cut, dtype, torch.device(device), batch, speed, seed, command)
+_REPORT = "quantization_report.json"
 
 
 def evaluate(
     checkpoint: str | Path,
     *,
-    baseline: str | Path | Baseline | None = None,
-    text: str | Text = "boolq",
-    windows: int | None = 16,
-    length: int = 1024,
-    stride: int | None = None,
-    bos: Bos = "auto",
-    batch: int = 1,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    speed: SpeedProtocol | None = None,
-    seed: int = 0,
+    baseline: str | Path | Predictions | None = None,
+    text: str | Text | None = None,
     name: str | None = None,
-    command: str | None = None,
-    cache_dir: str | Path | None = None,
+    baseline_cache: str | Path | None = None,
+    out: str | Path | None = None,
     progress: Progress | None = None,
+    **setting: Any,
 ) -> Row:
     """Measure one checkpoint, quantized or not.
 
     Args:
         checkpoint: a folder or a hub name.
-        baseline: what it is compared with: a folder, a hub name, or a Baseline of the same windows.
-        text .. speed: see :func:`make_setting`.
+        baseline: what it is compared with: a folder, a hub name, or predictions on the same windows.
+        text, setting: see :func:`make_setting`.
         name: of the row; the checkpoint's own name by default.
+        baseline_cache: a folder where the baseline's predictions are kept in 16 bits, so that the next one need not run
+            it; None compares with the exact ones. The row's protocol says which.
+        out: where the items of tasks are kept.
         progress: called with (stage, done, total).
 
     Raises:
@@ -131,45 +57,53 @@ def evaluate(
         ValueError: the baseline cuts the text into other tokens, see :func:`brise.eval.scoring.score`.
     """
     folder = resolve_source(checkpoint)
-    setting = make_setting(
-        folder,
-        text,
-        windows=windows,
-        length=length,
-        stride=stride,
-        bos=bos,
-        batch=batch,
-        dtype=dtype,
-        device=device,
-        speed=speed,
-        seed=seed,
-        command=command,
-        cache_dir=cache_dir,
-    )
+    how = make_setting(folder, text, **setting)
     if isinstance(baseline, str | Path):
-        source = resolve_source(baseline)
-        model = load_model(source, dtype=setting.dtype, device=str(setting.device))
-        info = model_info(source, str(baseline))
-        baseline = measure_baseline(model, setting.windows, batch=batch, info=info, progress=progress)
-        del model
+        baseline = baseline_of(baseline, how, baseline_cache, progress)
     return measure_checkpoint(
-        folder, setting, baseline, info=model_info(folder, str(checkpoint)), name=name, progress=progress
+        folder,
+        how,
+        baseline,
+        info=model_info(folder, str(checkpoint)),
+        name=name,
+        out=None if out is None else Path(out),
+        progress=progress,
     )
+
+
+def baseline_of(
+    model: str | Path, setting: Setting, cache: str | Path | None = None, progress: Progress | None = None
+) -> Predictions:
+    """The predictions of ``model`` on the setting's windows; with a cache from there, where it has been before."""
+    source = resolve_source(model)
+    info = model_info(source, str(model))
+    windows = setting.windows
+    folder = None
+    if cache is not None:
+        folder = Path(cache) / cache_key(info, windows, setting.dtype, setting.device.type)
+        if folder.is_dir():
+            return load_baseline(folder, windows)
+    loaded = load_model(source, dtype=setting.dtype, device=str(setting.device))
+    if folder is None:
+        return measure_baseline(loaded, windows, batch=setting.batch, info=info, progress=progress)
+    save_baseline(loaded, windows, info, folder, batch=setting.batch, progress=progress)
+    return load_baseline(folder, windows)
 
 
 def measure_checkpoint(
     folder: Path,
     setting: Setting,
-    baseline: Baseline | None = None,
+    baseline: Predictions | None = None,
     *,
     info: ModelInfo | None = None,
     name: str | None = None,
     key: str | None = None,
     quantize_seconds: float | None = None,
+    out: Path | None = None,
     progress: Progress | None = None,
 ) -> Row:
     """The row of the checkpoint in ``folder``. ``key`` is its own by default, see :func:`row_key`."""
-    return _measure(folder, setting, baseline, info, name, key, quantize_seconds, progress)[0]
+    return _measure(folder, setting, baseline, info, name, key, quantize_seconds, out, progress)[0]
 
 
 def measure_source(
@@ -178,10 +112,11 @@ def measure_source(
     *,
     info: ModelInfo | None = None,
     name: str | None = None,
+    out: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Row, Baseline]:
     """The row of the model that others are compared with, and the baseline for them, from one pass."""
-    row, measured = _measure(folder, setting, None, info, name, None, None, progress, keep=True)
+    row, measured = _measure(folder, setting, None, info, name, None, None, out, progress, keep=True)
     assert measured is not None
     return row, measured
 
@@ -189,18 +124,20 @@ def measure_source(
 def _measure(
     folder: Path,
     setting: Setting,
-    baseline: Baseline | None,
+    baseline: Predictions | None,
     info: ModelInfo | None,
     name: str | None,
     key: str | None,
     quantize_seconds: float | None,
+    out: Path | None,
     progress: Progress | None,
     keep: bool = False,
 ) -> tuple[Row, Baseline | None]:
     info = info or model_info(folder)
     ledger = ledger_of_checkpoint(folder)
-    peak_is_ours = reset_peak()
+    peak_is_ours = start_phase()
     model = load_model(folder, dtype=setting.dtype, device=str(setting.device))
+    load_peak = current_peak(setting.device)
     measured = None
     scores: Scores
     if keep:
@@ -219,15 +156,39 @@ def _measure(
         process_peak=process_peak() if peak_is_ours else None,
         gpu_peak=gpu_peak(setting.device),
     )
+    peaks = speeds = None
+    if setting.speed is not None:
+        peaks = measure_peaks(
+            model, load_peak, setting.speed.prompt, setting.speed.new_tokens, setting.seed
+        )
+    if setting.batches and setting.contexts:
+        speeds = measure_speeds(
+            model, setting.batches, setting.contexts, setting.speed, seed=setting.seed, progress=progress
+        )
+    tasks: dict[str, TaskScore] | None = None
+    items: dict[str, list[Item]] = {}
+    if setting.tasks:
+        tasks, items = run_tasks(
+            model,
+            load_tokenizer(folder),
+            setting.tasks,
+            batch=setting.batch,
+            cache_dir=setting.cache_dir,
+            progress=progress,
+        )
     against = None if baseline is None else baseline.info
+    protocol = setting.protocol
+    if baseline is not None:
+        protocol = dataclasses.replace(protocol, baseline=baseline.precision)
+    own = row_key(protocol, info.sha256, against.sha256 if against else None, *_extra(setting))
     row = Row(
         metrics=METRICS_VERSION,
-        key=key or row_key(setting.protocol, info.sha256, against.sha256 if against else None),
+        key=key or own,
         name=name or info.name,
         model=info,
         baseline=against,
         config=quantization_of(folder),
-        protocol=setting.protocol,
+        protocol=protocol,
         perplexity=scores.perplexity,
         relative=scores.relative,
         divergence=scores.divergence,
@@ -235,11 +196,37 @@ def _measure(
         speed=speed,
         quantize_seconds=quantize_seconds,
         provenance=collect(setting.device, setting.seed, setting.command),
+        words=scores.words,
+        sums=scores.sums,
+        layers=layer_errors(folder),
+        tasks=tasks,
+        peaks=peaks,
+        speeds=speeds,
     )
+    if out is not None and items:
+        write_items(out, row.key, items)
     return row, measured
+
+
+def layer_errors(folder: Path) -> list[LayerError] | None:
+    """The errors of the quantized modules as the maker of a checkpoint reported them; None where nobody did."""
+    path = folder / _REPORT
+    if not path.is_file():
+        return None
+    modules = json.loads(path.read_text())["modules"]
+    found = [
+        LayerError(m["path"], m["relative_error"], m["output_error"])
+        for m in modules
+        if m["spec"] is not None
+    ]
+    return found or None
 
 
 def row_key(protocol: Protocol, *what: Any) -> str:
     """What makes a row: the metrics version, the protocol, and the hashes or configurations in ``what``."""
-    data = [METRICS_VERSION, dataclasses.asdict(protocol), *what]
+    data = [METRICS_VERSION, protocol.identity(), *what]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _extra(setting: Setting) -> list[Any]:
+    return [setting.extra] if setting.extra else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,41 @@ class Relative:
 
     value: float
     stderr: float | None
+
+
+@dataclass(frozen=True)
+class WordPerplexity:
+    """Perplexity by the word and by the byte of documents: comparable between models with different tokenizers.
+
+    Attributes:
+        value, stderr: exp(nll of all tokens / words), with the document as sampling unit.
+        byte_value: exp(nll / bytes). bits_per_byte: log2 of it.
+        words, bytes, documents: how many there are.
+    """
+
+    value: float
+    stderr: float | None
+    byte_value: float
+    bits_per_byte: float
+    words: int
+    bytes: int
+    documents: int
+
+
+def word_perplexity(nll: Tensor, documents: Tensor, words: Tensor, size: Tensor) -> WordPerplexity:
+    """From the windows' sums float64 [n], the document of each int64 [n], and words and bytes of each document [d]."""
+    sums = torch.zeros(len(words), dtype=torch.float64).index_add_(0, documents, nll.double())
+    value = exp_of(mean_per_token(sums, words))
+    by_byte = mean_per_token(sums, size).value
+    return WordPerplexity(
+        value.value,
+        value.stderr,
+        math.exp(by_byte),
+        by_byte / math.log(2),
+        int(words.sum()),
+        int(size.sum()),
+        len(words),
+    )
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

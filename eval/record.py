@@ -16,15 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .compare import WindowSums
+from .data import FREE
 from .divergence import Divergence
 from .model_info import ModelInfo
-from .perplexity import Perplexity, Relative
+from .memory_peaks import Peaks
+from .perplexity import Perplexity, Relative, WordPerplexity
 from .provenance import Provenance
-from .speed import Speed, SpeedProtocol
+from .speed import Speed, SpeedPoint, SpeedProtocol
+from .tasks import TaskScore
 
 # goes up whenever a figure of an older row would come out otherwise today
 METRICS_VERSION = 1
 ROWS = "runs.jsonl"
+EXACT = "exact"
 T = TypeVar("T")
 
 
@@ -41,6 +46,8 @@ class Protocol:
         windows, length, stride, scored_tokens, bos: see :class:`brise.eval.data.Windows`.
         dtype: of the computation; device: its type, cpu or cuda.
         speed: what was timed, or None.
+        name: of the rule by which the text was cut and scored (see ``eval.protocols``); ``free`` is none of them.
+        baseline: ``exact`` predictions, or ``16-bit`` ones from a file (see ``eval.logprobs``).
     """
 
     text: str
@@ -54,6 +61,13 @@ class Protocol:
     dtype: str
     device: str
     speed: SpeedProtocol | None
+    name: str = FREE
+    baseline: str = EXACT
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it another protocol, for keys: fields that came later count where they say something."""
+        data = dataclasses.asdict(self)
+        return {k: v for k, v in data.items() if (k, v) not in (("name", FREE), ("baseline", EXACT))}
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,30 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class LayerError:
+    """What quantization did to one module: ``quant.apply.Outcome`` has the definitions."""
+
+    path: str
+    relative_error: float | None
+    output_error: float | None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model run otherwise than its config says.
+
+    Attributes:
+        window: the sliding window; None is the config's own.
+        cache: precision in which keys and values are held (see ``eval.surface``).
+        kv_bytes: of the cache at the windows' length under both, scales included.
+    """
+
+    window: int | None
+    cache: str
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One model under one protocol.
 
@@ -96,6 +134,15 @@ class Row:
         config: the quantization config (rules, calibration), None for a model that is not quantized.
         relative, divergence: against the baseline, None without one.
         quantize_seconds: what making the checkpoint took, where this run made it.
+
+    What came later is None in rows of before, as wherever it was not measured:
+        words: perplexity by the word, of protocols that ask for it.
+        sums: each window's sums, by which two rows are compared in pairs.
+        layers: the error of each quantized module.
+        tasks: scores by the task's name.
+        peaks: memory at load, prefill and decode.
+        speeds: by batch and context.
+        variant: what was changed in the model at run time (window, cache precision).
     """
 
     metrics: int
@@ -112,11 +159,18 @@ class Row:
     speed: Speed | None
     quantize_seconds: float | None
     provenance: Provenance
+    words: WordPerplexity | None = None
+    sums: WindowSums | None = None
+    layers: list[LayerError] | None = None
+    tasks: dict[str, TaskScore] | None = None
+    peaks: Peaks | None = None
+    speeds: list[SpeedPoint] | None = None
+    variant: Variant | None = None
 
     @property
     def is_source(self) -> bool:
         """Whether the model is not quantized and was compared with nothing."""
-        return self.baseline is None and self.config is None
+        return self.baseline is None and self.config is None and self.variant is None
 
     @property
     def algorithms(self) -> set[str]:
@@ -136,11 +190,17 @@ class Row:
         return _build(cls, data, "row")
 
 
-def append_row(path: str | Path, row: Row) -> None:
+def append_row(path: str | Path, row: Row, *, once: bool = False) -> bool:
     """Append a row to a file of rows and wait until it is on the disk.
 
     The line goes out in one write, under a lock, so rows of several processes do not mix. A torn last line
     (of a process that was killed while it wrote) is cut off first: half a row is no row.
+
+    Args:
+        once: leave it where a row of the same key is there, as when two sweeps work on one folder.
+
+    Returns:
+        Whether the row was written.
 
     Raises:
         ValueError: a figure that JSON cannot hold (infinite, or not a number).
@@ -155,6 +215,8 @@ def append_row(path: str | Path, row: Row) -> None:
         whole = _end_of_whole_lines(descriptor, size)
         if whole < size:
             os.ftruncate(descriptor, whole)
+        if once and f'"key": "{row.key}"'.encode() in path.read_bytes():
+            return False
         written = os.write(descriptor, line)
         if written != len(line):
             os.ftruncate(descriptor, whole)
@@ -164,6 +226,7 @@ def append_row(path: str | Path, row: Row) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    return True
 
 
 def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
@@ -226,9 +289,10 @@ def _build(cls: type[T], data: Any, where: str) -> T:
     hints = typing.get_type_hints(cls)
     if unknown := sorted(set(data) - set(hints)):
         raise RecordError(f"{where}: unknown field {unknown[0]}")
-    if missing := sorted(set(hints) - set(data)):
+    later = {f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.default is not dataclasses.MISSING}
+    if missing := sorted(set(hints) - set(data) - later):
         raise RecordError(f"{where}: the field {missing[0]} is missing")
-    return cls(**{name: _value(hint, data[name], f"{where}.{name}") for name, hint in hints.items()})
+    return cls(**{n: _value(hint, data[n], f"{where}.{n}") for n, hint in hints.items() if n in data})
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -246,6 +310,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise RecordError(f"{where}: expected {hint}, got {value!r}")
+    if origin is list:
+        return [_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict:
         return {key: _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
     return value

@@ -74,7 +74,7 @@ def group_rows(rows: Sequence[Row]) -> list[Group]:
     groups: dict[str, list[Row]] = {}
     for row in latest.values():
         source = (row.baseline or row.model).sha256
-        key = json.dumps([dataclasses.asdict(row.protocol), source], sort_keys=True)
+        key = json.dumps([row.protocol.identity(), source], sort_keys=True)
         groups.setdefault(key, []).append(row)
     return [Group(tuple(sorted(group, key=_order))) for group in groups.values()]
 

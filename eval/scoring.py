@@ -9,22 +9,32 @@ would take 3.2 GB as log-probabilities (or half that in 16 bits, with an error).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .compare import WindowSums
 from .data import Windows
-from .divergence import Divergence, divergence, same_first_choice, token_kl
+from .divergence import (
+    Divergence,
+    TokenFigures,
+    divergence,
+    same_first_choice,
+    shared_of_five,
+    token_kl,
+)
 from .model_info import ModelInfo
 from .perplexity import (
     NonFiniteError,
     Perplexity,
     Relative,
+    WordPerplexity,
     perplexity,
     relative_perplexity,
     token_nll,
+    word_perplexity,
 )
 
 Progress = Callable[[str, int, int], None]
@@ -41,6 +51,8 @@ class Scores:
         nll: float64 [n], negative log-likelihoods.
         kl, agree: float64 [n], or None without a baseline.
         baseline_nll: float64 [n], or None.
+        figures: of every token, or None without a baseline.
+        windows: what was scored.
     """
 
     tokens: Tensor
@@ -48,6 +60,8 @@ class Scores:
     kl: Tensor | None = None
     agree: Tensor | None = None
     baseline_nll: Tensor | None = None
+    figures: TokenFigures | None = None
+    windows: Windows | None = None
 
     @property
     def perplexity(self) -> Perplexity:
@@ -57,13 +71,47 @@ class Scores:
     def divergence(self) -> Divergence | None:
         if self.kl is None or self.agree is None:
             return None
-        return divergence(self.kl, self.agree, self.tokens)
+        return divergence(self.kl, self.agree, self.tokens, self.figures)
+
+    @property
+    def words(self) -> WordPerplexity | None:
+        w = self.windows
+        if w is None or w.documents is None or w.words is None or w.bytes is None:
+            return None
+        return word_perplexity(self.nll, *(torch.tensor(part) for part in (w.documents, w.words, w.bytes)))
+
+    @property
+    def sums(self) -> WindowSums:
+        kl = None if self.kl is None else self.kl.tolist()
+        return WindowSums(self.tokens.tolist(), self.nll.tolist(), kl)
 
     @property
     def relative(self) -> Relative | None:
         if self.baseline_nll is None:
             return None
         return relative_perplexity(self.nll, self.baseline_nll, self.tokens)
+
+
+class Predictions(Protocol):
+    """A baseline's predictions on windows, exact (:class:`Baseline`) or read from a file (:mod:`.logprobs`).
+
+    Attributes:
+        windows_sha256: of the windows. nll: sums over each, float64 [n].
+        info: which model's. precision: as a row's protocol has it.
+    """
+
+    @property
+    def windows_sha256(self) -> str: ...
+    @property
+    def nll(self) -> Tensor: ...
+    @property
+    def info(self) -> ModelInfo | None: ...
+    @property
+    def precision(self) -> str: ...
+
+    def logits(self, window: int, before: slice, device: torch.device) -> Tensor:
+        """Logits, up to a constant a row, at the positions ``before``: [T, V]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +123,19 @@ class Baseline:
     head: nn.Module
     scores: Scores
     info: ModelInfo | None = None
+    precision: str = field(default="exact", init=False)
+
+    @property
+    def windows_sha256(self) -> str:
+        return self.windows.sha256
+
+    @property
+    def nll(self) -> Tensor:
+        return self.scores.nll
+
+    def logits(self, window: int, before: slice, device: torch.device) -> Tensor:
+        logits: Tensor = self.head.to(device)(self.hidden[window, before].to(device))
+        return logits
 
 
 def measure_baseline(
@@ -98,7 +159,7 @@ def measure_baseline(
 def score(
     model: Any,
     windows: Windows,
-    baseline: Baseline | None = None,
+    baseline: Predictions | None = None,
     *,
     batch: int = 1,
     progress: Progress | None = None,
@@ -116,67 +177,90 @@ def score(
         ValueError: the baseline is of other windows.
         NonFiniteError: some token's log-likelihood or divergence is infinite or NaN; the message counts them.
     """
-    if baseline is not None and baseline.windows.sha256 != windows.sha256:
+    if baseline is not None and baseline.windows_sha256 != windows.sha256:
         raise ValueError(
             "the baseline was measured on other windows (text, tokenizer, length, count or stride)"
         )
     return _score(model, windows, baseline, batch, progress, "score", None)
 
 
+# called with a window and the logits at its scored positions, part by part
+Listener = Callable[[int, Tensor], None]
+
+
 @torch.inference_mode()
 def _score(
     model: Any,
     windows: Windows,
-    baseline: Baseline | None,
+    baseline: Predictions | None,
     batch: int,
     progress: Progress | None,
     stage: str,
     keep: list[Tensor] | None,
+    listen: Listener | None = None,
 ) -> Scores:
     model.eval()
     head = model.get_output_embeddings()
     device = next(model.parameters()).device
     n = windows.count
     sums = torch.zeros(3, n, dtype=torch.float64)  # nll, kl, agreements
-    tokens = torch.tensor([windows.length - first for first in windows.first_target])
+    figures: list[TokenFigures] = []
+    tokens, ends = windows.scored, windows.ends
     bad = Bad()
     for start in range(0, n, batch):
         ids = windows.ids[start : start + batch].to(device)
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        # windows of unequal lengths are one token longer than what a model is fed: the last is only predicted
+        fed = ids if windows.stop is None else ids[:, :-1]
+        hidden = model.get_decoder()(input_ids=fed, use_cache=False).last_hidden_state
         if keep is not None:
             keep.append(hidden.cpu())
         for row in range(len(ids)):
             window = start + row
-            for part in _parts(windows.first_target[window], windows.length, model.config.vocab_size):
+            for part in _parts(windows.first_target[window], ends[window], model.config.vocab_size):
                 # the logits at position t - 1 predict the token at t
                 before = slice(part.start - 1, part.stop - 1)
                 logits = head(hidden[row, before])
                 nll = token_nll(logits, ids[row, part])
                 bad.count(nll, window, part)
                 sums[0, window] += nll.double().sum().cpu()
+                if listen is not None:
+                    listen(window, logits)
                 if baseline is not None:
-                    theirs = _head_of(baseline, device)(baseline.hidden[window, before].to(device))
-                    kl = token_kl(theirs, logits)
-                    bad.count(kl, window, part)
-                    sums[1, window] += kl.double().sum().cpu()
-                    sums[2, window] += same_first_choice(theirs, logits).sum().cpu()
+                    theirs = baseline.logits(window, before, device)
+                    found = _figures(theirs, logits, ids[row, part], nll, window)
+                    bad.count(found.kl, window, part)
+                    sums[1, window] += found.kl.double().sum()
+                    sums[2, window] += found.same.double().sum()
+                    figures.append(found)
         if progress is not None:
             progress(stage, min(start + batch, n), n)
     bad.check(int(tokens.sum()))
     if baseline is None:
-        return Scores(tokens, sums[0])
-    return Scores(tokens, sums[0], sums[1], sums[2], baseline.scores.nll)
+        return Scores(tokens, sums[0], windows=windows)
+    return Scores(tokens, sums[0], sums[1], sums[2], baseline.nll, _join(figures), windows)
 
 
-def _head_of(baseline: Baseline, device: torch.device) -> nn.Module:
-    return baseline.head.to(device)
+def _figures(theirs: Tensor, logits: Tensor, targets: Tensor, nll: Tensor, window: int) -> TokenFigures:
+    change = (-nll).exp() - (-token_nll(theirs, targets)).exp()
+    values = (
+        token_kl(theirs, logits),
+        same_first_choice(theirs, logits).float(),
+        shared_of_five(theirs, logits),
+        change,
+    )
+    return TokenFigures(torch.full((len(nll),), window), *(value.cpu() for value in values))
 
 
-def _parts(first: int, length: int, vocab: int) -> Iterator[slice]:
-    """Target positions first .. length - 1 in parts whose logits fit :data:`LOGITS_AT_ONCE`."""
+def _join(figures: list[TokenFigures]) -> TokenFigures:
+    names = ("window", "kl", "same", "top5", "change")
+    return TokenFigures(*(torch.cat([getattr(part, name) for part in figures]) for name in names))
+
+
+def _parts(first: int, end: int, vocab: int) -> Iterator[slice]:
+    """Target positions first .. end - 1 in parts whose logits fit :data:`LOGITS_AT_ONCE`."""
     step = max(1, LOGITS_AT_ONCE // vocab)
-    for start in range(first, length, step):
-        yield slice(start, min(start + step, length))
+    for start in range(first, end, step):
+        yield slice(start, min(start + step, end))
 
 
 class Bad:

@@ -6,8 +6,9 @@ GPU the clock is read after a synchronisation. Other load on the machine goes in
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,23 @@ class Speed:
     repeats: int
 
 
+@dataclass(frozen=True)
+class SpeedPoint:
+    """Prefill and decode at one batch and one context.
+
+    Attributes:
+        bytes_a_step: that a decode step must read at least: the weights as they are stored, once, and the cache.
+        bandwidth: bytes_a_step times the median of the decode steps a second, in bytes a second.
+    """
+
+    batch: int
+    context: int
+    prefill: Rate
+    decode: Rate
+    bytes_a_step: int
+    bandwidth: float
+
+
 def rate(tokens: int, seconds: list[float]) -> Rate:
     """From the times of repetitions that handled ``tokens`` tokens each."""
     rates = tokens / torch.tensor(seconds, dtype=torch.float64)
@@ -107,6 +125,39 @@ def measure_speed(
         batch=protocol.batch,
         repeats=protocol.repeats,
     )
+
+
+def measure_speeds(
+    model: Any,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    protocol: SpeedProtocol | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[SpeedPoint]:
+    """:func:`measure_speed` for every batch and context (tokens of the prompt), with the bandwidth achieved."""
+    from .memory import kv_cache_bytes, loaded_bytes
+
+    protocol = protocol or SpeedProtocol()
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    # an embedding that is no head is not read as a whole: a step looks up one row of it
+    weights = loaded_bytes(model)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    own = {t.data_ptr() for t in [*head.parameters(), *head.buffers()]}
+    weights -= sum(t.nbytes for t in [*table.parameters(), *table.buffers()] if t.data_ptr() not in own)
+    out = []
+    for batch in batches:
+        for context in contexts:
+            point = dataclasses.replace(protocol, batch=batch, prompt=context)
+            found = measure_speed(model, point, seed=seed)
+            held = context + protocol.new_tokens // 2
+            read = weights + kv_cache_bytes(model.config, held, batch=batch, dtype=dtype)
+            steps = found.decode.median / batch
+            out.append(SpeedPoint(batch, context, found.prefill, found.decode, read, read * steps))
+            if progress is not None:
+                progress("speeds", len(out), len(batches) * len(contexts))
+    return out
 
 
 def _once(model: Any, ids: Tensor, steps: int, device: torch.device) -> tuple[float, float]:

@@ -1,14 +1,13 @@
-"""One model under a list of configurations: quantize each, evaluate it against the source, append a row.
+"""Models under a list of configurations: quantize each, evaluate it against its source, append a row.
 
 What was done before is not done again: a cell whose row is there is skipped, a checkpoint that was made but
-not evaluated is used. A cell that fails is reported and does not stop the others.
+not evaluated is used. A cell that fails is reported and does not stop the others. Rows are written by one process,
+the one that was asked for the sweep, each under a lock and once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,22 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..model.checkpoint import load_tokenizer, resolve_source
-from ..model.stream import quantize_checkpoint
+from ..model.checkpoint import resolve_source
 from ..quant.config import QuantConfig
-from .data import Bos, Text, calibration_ids, check_disjoint, load_text
-from .evaluate import Setting, make_setting, measure_checkpoint, measure_source, row_key
-from .memory import check_ledger, ledger_of_checkpoint, predict_ledger
-from .model_info import ModelInfo, model_info
+from .baseline_file import baseline_path
+from .cells import SOURCE, Cell, checkpoint_identity
+from .data import Bos, Text, check_disjoint, load_text
+from .engines import Engine, Inline
+from .evaluate import row_key
+from .model_info import model_info
 from .record import ROWS, Row, append_row, read_rows
-from .scoring import Baseline
-from .speed import SpeedProtocol
+from .setting import Setting, make_setting
 
 Progress = Callable[[str, int, int], None]
-SOURCE = "source"
-CELLS = ".cells"  # what each checkpoint was made of, and how long it took
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -68,187 +64,125 @@ def run_sweep(
     out: str | Path,
     *,
     checkpoints: str | Path | None = None,
-    text: str = "boolq",
-    windows: int | None = 16,
-    length: int = 1024,
-    stride: int | None = None,
+    text: str | None = None,
     bos: Bos = "auto",
-    batch: int = 1,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    speed: SpeedProtocol | None = None,
     calibration_windows: int | None = None,
     calibration_text: str | None = None,
-    seed: int = 0,
-    command: str | None = None,
+    engine: Engine | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
+    note: Note | None = None,
+    **setting: Any,
 ) -> SweepResult:
     """Quantize and evaluate ``model`` under every configuration; rows go to ``out/runs.jsonl``.
 
     Args:
         model: a folder or a hub name, not quantized.
         configs: presets or files (:meth:`QuantConfig.load`), or configurations by name.
-        out: the folder of the rows.
+        out: the folder of the rows, and of the items of tasks.
         checkpoints: where configuration NAME becomes the checkpoint ``NAME``; None is ``out``.
-        text .. speed: see :func:`brise.eval.evaluate.make_setting`.
+        text, bos, setting: see :func:`brise.eval.setting.make_setting`.
         calibration_windows, calibration_text: in place of what the configurations say; the rows say so.
-        progress: called with (stage, done, total); stages of a cell begin with its name.
+        engine: where cells run; None is here, one after the other.
+        progress: called with (stage, done, total); stages of a cell begin with its name, ``cells`` counts them.
+        note: called with a line on how far the sweep is and how long it will take, after every cell.
 
     Raises:
         ConfigError: a configuration that cannot be read; nothing has run then.
         TextError: calibration and evaluation share passages, or a text is missing or too short.
         RecordError: ``out/runs.jsonl`` holds something else than rows.
     """
-    plan = _plan(configs, calibration_windows, calibration_text)
+    plan = plan_configs(configs, calibration_windows, calibration_text)
     out = Path(out)
     store = out if checkpoints is None else Path(checkpoints)
     source = resolve_source(model)
     info = model_info(source, str(model))
-    evaluation = load_text(text, "evaluation", cache_dir)
-    setting = make_setting(
-        source,
-        evaluation,
-        windows=windows,
-        length=length,
-        stride=stride,
-        bos=bos,
-        batch=batch,
-        dtype=dtype,
-        device=device,
-        speed=speed,
-        seed=seed,
-        command=command,
-        cache_dir=cache_dir,
-    )
+    how = make_setting(source, text, bos=bos, cache_dir=cache_dir, **setting)
+    evaluation = load_text(how.windows.text_name, "evaluation", cache_dir)
     texts = _calibration_texts(plan, evaluation, cache_dir)
     rows, problems = read_rows(out / ROWS)
     done = {row.key: row for row in rows}
-    cells = {
-        name: _Cell(name, config, source, info, store, setting, texts, bos) for name, config in plan.items()
-    }
-    keys = {SOURCE: row_key(setting.protocol, info.sha256)}
-    keys |= {name: row_key(setting.protocol, name, cell.identity) for name, cell in cells.items()}
-    skipped = [name for name, key in keys.items() if key in done]
-    result: dict[str, Row] = {name: done[keys[name]] for name in skipped}
-    failures: list[Failure] = []
-
-    if len(skipped) < len(keys):
-        # where only its predictions are missing, the source is not timed again
-        how = dataclasses.replace(setting, speed=None) if SOURCE in result else setting
-        row, baseline = measure_source(
-            source, how, info=info, name=SOURCE, progress=_staged(progress, SOURCE)
-        )
-        if SOURCE not in result:
-            result[SOURCE] = dataclasses.replace(row, key=keys[SOURCE])
-            append_row(out / ROWS, result[SOURCE])
-        for name, cell in cells.items():
-            if name in result:
-                continue
-            try:
-                result[name] = cell.run(baseline, keys[name], _staged(progress, name))
-                append_row(out / ROWS, result[name])
-            except Exception as error:  # the other cells go on; this one is reported with its error
-                failures.append(Failure(name, error))
-    return SweepResult([result[name] for name in keys if name in result], skipped, failures, problems)
+    base = Cell(SOURCE, "", None, source, info, store, out, how, None, bos)
+    cells = {SOURCE: dataclasses.replace(base, key=_key(how, info.sha256))}
+    for name, config in plan.items():
+        words = texts[config.calibration.text] if config.needs_calibration else None
+        key = _key(how, name, checkpoint_identity(info, config, words, bos))
+        cells[name] = dataclasses.replace(base, name=name, key=key, config=config, text=words)
+    skipped = [name for name, cell in cells.items() if cell.key in done]
+    run = _Run(out, engine or Inline(), progress or (lambda *_: None), note or (lambda _: None))
+    run.rows = {name: done[cells[name].key] for name in skipped}
+    missing = [cell for name, cell in cells.items() if name not in skipped]
+    if missing:
+        kept = baseline_path(base.baselines, info, how)
+        if SOURCE not in run.rows:
+            run.all([missing.pop(0)])
+        elif not kept.is_file():
+            # only its predictions are missing: it is not timed again
+            run.again(dataclasses.replace(cells[SOURCE], timed=False))
+        if SOURCE in run.rows and not run.failures:
+            run.all(missing)
+        if not run.failures:
+            kept.unlink(missing_ok=True)
+            kept.with_suffix(".lock").unlink(missing_ok=True)
+    return SweepResult([run.rows[n] for n in cells if n in run.rows], skipped, run.failures, problems)
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """One configuration of a sweep."""
+class _Run:
+    """What has come of the cells so far."""
 
-    name: str
-    config: QuantConfig
-    source: Path
-    info: ModelInfo
-    store: Path
-    setting: Setting
-    texts: Mapping[str, Text]
-    bos: Bos
+    def __init__(self, out: Path, engine: Engine, progress: Progress, note: Note) -> None:
+        self.out, self.engine, self.progress, self.note = out, engine, progress, note
+        self.rows: dict[str, Row] = {}
+        self.failures: list[Failure] = []
 
-    @property
-    def folder(self) -> Path:
-        return self.store / self.name
+    def all(self, cells: Sequence[Cell]) -> None:
+        """Run the cells, and write each row as it comes."""
+        begin = time.monotonic()
+        for number, (cell, result) in enumerate(self.engine.run(cells, self.progress), 1):
+            if isinstance(result, Exception):
+                self.failures.append(Failure(cell.name, result))
+            else:
+                self.rows[cell.name] = result
+                append_row(self.out / ROWS, result, once=True)
+            self.progress("cells", number, len(cells))
+            self.note(how_far(number, len(cells), len(self.failures), time.monotonic() - begin))
 
-    @property
-    def marker(self) -> Path:
-        return self.store / CELLS / f"{self.name}.json"
-
-    @property
-    def identity(self) -> str:
-        """What the checkpoint is made of: the source and the configuration, calibration text included."""
-        text = self.texts[self.config.calibration.text].sha256 if self.config.needs_calibration else None
-        data = [self.info.sha256, self.config.to_dict(), text, self.bos]
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-    def run(self, baseline: Baseline, key: str, progress: Progress) -> Row:
-        """Make the checkpoint unless it is there, check its ledger, evaluate it."""
-        from transformers import MistralConfig
-
-        data = json.loads((self.source / "config.json").read_text())
-        predicted = predict_ledger(MistralConfig.from_dict(data), self.config)
-        seconds = self._made_before()
-        if seconds is None:
-            seconds = self._quantize(progress)
-        check_ledger(predicted, ledger_of_checkpoint(self.folder))
-        return measure_checkpoint(
-            self.folder,
-            self.setting,
-            baseline,
-            info=model_info(self.folder),
-            name=self.name,
-            key=key,
-            quantize_seconds=seconds,
-            progress=progress,
-        )
-
-    def _made_before(self) -> float | None:
-        """The seconds that making this very checkpoint took, or None if it is not there."""
-        if not self.folder.exists() or not self.marker.is_file():
-            return None
-        marker: dict[str, Any] = json.loads(self.marker.read_text())
-        return marker["seconds"] if marker["identity"] == self.identity else None
-
-    def _mark(self, seconds: float | None) -> None:
-        """Say that the folder is this sweep's, and, once it is whole, how long it took."""
-        self.marker.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.marker.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"identity": self.identity, "seconds": seconds}) + "\n")
-        temporary.replace(self.marker)
-
-    def _quantize(self, progress: Progress) -> float:
-        calibration = self.config.calibration
-        ids = None
-        if self.config.needs_calibration:
-            ids = calibration_ids(
-                self.texts[calibration.text],
-                load_tokenizer(self.source),
-                windows=calibration.windows,
-                length=calibration.length,
-                bos=self.bos,
-            )
-        # only what a sweep left may be replaced: another folder of this name is the user's
-        ours = self.marker.is_file()
-        if ours or not self.folder.exists():
-            self._mark(None)
-        begin = time.perf_counter()
-        quantize_checkpoint(
-            self.source,
-            self.folder,
-            self.config,
-            calibration=ids,
-            overwrite=ours,
-            progress=lambda what, done, total: progress("quantize", done, total),
-        )
-        seconds = time.perf_counter() - begin
-        self._mark(seconds)
-        return seconds
+    def again(self, cell: Cell) -> None:
+        """Run a cell whose row is there."""
+        for _, result in self.engine.run([cell], self.progress):
+            if isinstance(result, Exception):
+                self.failures.append(Failure(cell.name, result))
 
 
-def _plan(
-    configs: Sequence[str | Path] | Mapping[str, QuantConfig], windows: int | None, text: str | None
+def how_far(done: int, cells: int, failed: int, seconds: float) -> str:
+    """``12 of 24 cells, 1 failed, about 35 min left``; as many as ran in the time so far will run in as much again."""
+    parts = [f"{done} of {cells} cells"]
+    if failed:
+        parts.append(f"{failed} failed")
+    if left := cells - done:
+        ahead = seconds / done * left
+        for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+            if ahead >= 2 * size or size == 1.0:
+                parts.append(f"about {ahead / size:.0f} {unit} left")
+                break
+    return ", ".join(parts)
+
+
+def _key(setting: Setting, *what: Any) -> str:
+    return row_key(setting.protocol, *what, *([setting.extra] if setting.extra else []))
+
+
+def plan_configs(
+    configs: Sequence[str | Path] | Mapping[str, QuantConfig],
+    windows: int | None = None,
+    text: str | None = None,
 ) -> dict[str, QuantConfig]:
-    """Name -> configuration, all of them read before anything runs."""
+    """Name -> configuration, all of them read before anything runs; calibration named anew where asked for.
+
+    Raises:
+        ConfigError: a configuration that cannot be read.
+        ValueError: two of one name, or a name that cannot be a folder's.
+    """
     if isinstance(configs, Mapping):
         plan = dict(configs)
     else:
@@ -283,10 +217,3 @@ def _calibration_texts(
     for text in texts.values():
         check_disjoint(text, evaluation)
     return texts
-
-
-def _staged(progress: Progress | None, name: str) -> Progress:
-    """``progress`` with the cell's name before the stage."""
-    if progress is None:
-        return lambda *_: None
-    return lambda stage, done, total: progress(f"{name}: {stage}", done, total)

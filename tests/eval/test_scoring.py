@@ -183,7 +183,7 @@ def test_one_pass_against_the_float64_twin(stride, at_once, monkeypatch):
     torch.testing.assert_close(scores.kl, kl, rtol=1e-3, atol=0)  # a difference of fp32 logits
     assert torch.equal(scores.agree, agree)
     assert scores.tokens.tolist() == [16 - f for f in windows.first_target]
-    assert scores.divergence == divergence(scores.kl, scores.agree, scores.tokens)
+    assert scores.divergence == divergence(scores.kl, scores.agree, scores.tokens, scores.figures)
     assert scores.divergence.kl == pytest.approx(float(kl.sum()) / windows.scored_tokens, rel=1e-4)
     ratio = scores.perplexity.value / baseline.scores.perplexity.value - 1
     assert scores.relative.value == pytest.approx(ratio, rel=1e-9)

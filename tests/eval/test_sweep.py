@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from brise.eval import sweep as sweep_module
+from brise.eval import cells as cells_module
 from brise.eval.assets import fetch
 from brise.eval.data import TextError, load_text
 from brise.eval.evaluate import evaluate, make_setting, measure_source
@@ -180,8 +180,8 @@ def test_what_is_done_is_not_done_again(swept, monkeypatch):
         raise AssertionError("ran again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_module, "quantize_checkpoint", refuse)
-        patch.setattr(sweep_module, "measure_source", refuse)
+        patch.setattr(cells_module, "quantize_checkpoint", refuse)
+        patch.setattr(cells_module, "measure_source", refuse)
         result = run_sweep(source, configs, out, **settings)
     assert result.rows == first.rows and result.skipped == ["source", "int8", "nf4", "gptq"]
     assert len((out / "runs.jsonl").read_text().splitlines()) == 4
@@ -192,7 +192,7 @@ def test_a_checkpoint_without_its_row_is_used(swept, tmp_path, monkeypatch):
     shutil.copytree(out, tmp_path / "copy")
     lines = (out / "runs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "copy" / "runs.jsonl").write_text("".join(lines[:2]) + lines[2][:50])  # killed while it wrote
-    monkeypatch.setattr(sweep_module, "quantize_checkpoint", lambda *a, **k: pytest.fail("made again"))
+    monkeypatch.setattr(cells_module, "quantize_checkpoint", lambda *a, **k: pytest.fail("made again"))
     result = run_sweep(
         source, {"int8": configs["int8"], "nf4": configs["nf4"]}, tmp_path / "copy", **settings
     )
@@ -235,6 +235,38 @@ def test_a_folder_that_is_not_the_sweeps_is_not_touched(swept, tmp_path):
         result = run_sweep(source, {"int8": configs["int8"]}, tmp_path, **settings)
         assert [failure.name for failure in result.failures] == ["int8"]
         assert [p.name for p in (tmp_path / "int8").iterdir()] == ["mine.txt"]
+
+
+def test_a_checkpoint_that_is_not_the_sweeps_is_not_replaced(swept, tmp_path):
+    source, configs, out, settings, _, _ = swept
+    shutil.copytree(out / "nf4", tmp_path / "int8")  # somebody's, whole and well, and of this name
+    before = {p.name: p.read_bytes() for p in (tmp_path / "int8").iterdir()}
+    result = run_sweep(source, {"int8": configs["int8"]}, tmp_path, **settings)
+    assert [failure.name for failure in result.failures] == ["int8"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "int8").iterdir()} == before
+
+
+def test_a_checkpoint_of_other_bytes_than_predicted_gets_no_row(swept, tmp_path, monkeypatch):
+    source, configs, _, settings, _, _ = swept
+    other = predict_ledger(MistralConfig.from_pretrained(source), configs["nf4"])
+    monkeypatch.setattr(cells_module, "predict_ledger", lambda *_: other)
+    result = run_sweep(source, {"int8": configs["int8"]}, tmp_path, **settings)
+    assert [failure.name for failure in result.failures] == ["int8"]
+    assert [row.name for row in read_rows(tmp_path / "runs.jsonl")[0]] == ["source"]
+
+
+def test_a_source_that_has_its_row_is_not_timed_again(swept, tmp_path, monkeypatch):
+    source, configs, _, settings, _, _ = swept
+    settings = {**settings, "speed": SpeedProtocol(prompt=4, new_tokens=1, warmup=0, repeats=1)}
+    first = run_sweep(source, {}, tmp_path, **settings)
+    timed = []
+    plain = cells_module.measure_source
+    monkeypatch.setattr(
+        cells_module, "measure_source", lambda s, how, **k: (timed.append(how.speed), plain(s, how, **k))[1]
+    )
+    result = run_sweep(source, {"int8": configs["int8"]}, tmp_path, **settings)
+    assert timed == [None] and result.rows[0] == first.rows[0]
+    assert result.rows[1].speed is not None
 
 
 def test_calibration_and_evaluation_may_share_nothing(swept, tmp_path):
