@@ -5,19 +5,19 @@ VENV ?= .venv
 # everything but tasks (lm-eval): no test and no part of the demo runs it
 EXTRAS = demo,peers,test,lint
 STAMP = $(VENV)/installed
-DEMO = results/demo
 
 .PHONY: test demo
 
 test: $(STAMP)
 	$(VENV)/bin/pytest
 
-# the quantized checkpoints stay in .cache, which git ignores; results/demo gets rows, table and picture
+# everything is made in .cache/demo, which git ignores: what was measured there before is not measured again, what
+# was committed is. Rows, table and picture are then put into results/demo
 demo: $(STAMP)
 	$(VENV)/bin/brise sweep --model smollm2-135m \
 		--configs int8,nf4,nf4-dq,int4-g64,gptq-int4-g64,gptq-nf4,gptq-int3-g64 \
-		--windows 16 --length 1024 --calibration-windows 16 \
-		--checkpoints .cache/demo --out $(DEMO)
+		--windows 16 --length 1024 --calibration-windows 16 --out .cache/demo
+	cp .cache/demo/runs.jsonl .cache/demo/table.md .cache/demo/memory-perplexity.* results/demo
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
