@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# everything but tasks (lm-eval): no test and no part of the demo runs it
-EXTRAS = demo,peers,test,lint
+# everything but ray, which is large; its test says that it is skipped
+EXTRAS = demo,peers,tasks,report,test,lint
 STAMP = $(VENV)/installed
 
 .PHONY: test demo

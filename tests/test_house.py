@@ -22,6 +22,8 @@ EXTRAS = {
     "lm_eval",
     "gguf",
     "scipy",
+    "plotly",
+    "ray",
     "peft",
     "pytest",
     "hypothesis",
