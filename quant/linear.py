@@ -126,8 +126,11 @@ class QuantLinear(_Quantized):
             raise ValueError(f"expected an input [..., {self.in_features}], got {list(x.shape)}")
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.compiler.is_exporting():
+            if x.dtype not in self._prepared:
+                raise RuntimeError(f"pack the weight before it is exported: call prepare({x.dtype}) on every QuantLinear")
         # a compiler must not look whether it has been done: its guards would fail as soon as it is
-        if torch.compiler.is_compiling() or x.dtype not in self._prepared:
+        elif torch.compiler.is_compiling() or x.dtype not in self._prepared:
             self.prepare(x.dtype)
         layout = self.layout
         if layout == "cpu_int4" and not self._takes_int4pack(x):

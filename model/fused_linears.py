@@ -1,0 +1,146 @@
+"""The dense layers as the decode step multiplies by them: q, k and v as one product, gate and up as one.
+
+Made when a model is loaded, from the separate layers that its checkpoint has. Where it can be done without a second
+copy, the separate layers become views of the whole, so that ``state_dict`` and transformers' ``generate`` go on as
+before; the whole is no module of the model and is never saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..quant.fuse import fuse, why_not
+from ..quant.linear import QuantLinear
+
+# rows from which on oneDNN's blocked weights win over transposed ones (measured, AVX-512: 4.8 against 7 GB/s at 8
+# rows, 10 against 7 at one; torch's own product with weights as they are stored: 2.9 and 8)
+_BLOCKED_ROWS = 2
+
+
+class Projection:
+    """x [R, K] -> [R, N], N the rows of all its layers together.
+
+    Attributes:
+        separate: why the layers are multiplied one by one; None where they are one.
+        nbytes: of what was stored a second time.
+    """
+
+    def __init__(
+        self, product: Callable[[Tensor], Tensor], separate: str | None = None, nbytes: int = 0
+    ) -> None:
+        self.product = product
+        self.separate = separate
+        self.nbytes = nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+
+class RowByRow:
+    """A product whose rows do not depend, in any bit, on the others: each is computed alone.
+
+    Where there are enough rows of one text (a prompt is always read alone) they are computed together.
+    """
+
+    def __init__(self, product: Callable[[Tensor], Tensor]) -> None:
+        self.product = product
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([self.product(row) for row in x.split(1)])
+
+
+def project(
+    owner: nn.Module, names: Sequence[str], *, rows: int, dtype: torch.dtype, repack: bool, invariant: bool
+) -> tuple[Projection, Projection]:
+    """The layers ``names`` of ``owner``, which share their input, as one product.
+
+    Args:
+        rows: that are multiplied at once in a decode step.
+        dtype: of the activations.
+        repack: on a CPU, copy dense weights into the layout that is fastest there.
+        invariant: see :class:`RowByRow`.
+    Returns:
+        the product for decode steps and that for prompts; the same one unless ``invariant``.
+    """
+    layers = [owner.get_submodule(name) for name in names]
+    if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+        whole = _dense(owner, names, layers, rows, repack)  # type: ignore[arg-type]
+    elif all(isinstance(layer, QuantLinear) for layer in layers):
+        return _quantized(owner, names, layers, dtype, invariant)  # type: ignore[arg-type]
+    else:
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+        whole = Projection(_one_by_one(layers), f"{kinds} are no plain or quantized layers without bias")
+    if not invariant:
+        return whole, whole
+    return Projection(RowByRow(whole.product), whole.separate, 0), whole
+
+
+def _one_by_one(products: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    if len(products) == 1:
+        return products[0]
+    return lambda x: torch.cat([product(x) for product in products], dim=-1)
+
+
+def _dense(
+    owner: nn.Module, names: Sequence[str], layers: list[nn.Linear], rows: int, repack: bool
+) -> Projection:
+    weights = [layer.weight.detach() for layer in layers]
+    if weights[0].is_cpu and repack and weights[0].dtype == torch.float32:
+        return _repacked(weights, rows)
+    if len(weights) == 1:
+        return Projection(lambda x: nn.functional.linear(x, weights[0]))
+    whole = torch.cat(weights)
+    for layer, part in zip(layers, whole.split([w.shape[0] for w in weights])):
+        layer.weight = nn.Parameter(part, requires_grad=layer.weight.requires_grad)
+    return Projection(lambda x: nn.functional.linear(x, whole))
+
+
+def _repacked(weights: list[Tensor], rows: int) -> Projection:
+    """fp32 on a CPU: a copy in the layout that is fastest for ``rows`` rows; the originals stay as they are."""
+    whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+    if rows >= _BLOCKED_ROWS and torch.backends.mkldnn.is_available():
+        blocked = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), rows)
+        linear = torch.ops.mkldnn._linear_pointwise.default
+        return Projection(lambda x: linear(x, blocked, None, "none", [], ""), nbytes=whole.nbytes)
+    turned = whole.t().contiguous()
+    return Projection(lambda x: torch.mm(x, turned), nbytes=whole.nbytes)
+
+
+def _quantized(
+    owner: nn.Module, names: Sequence[str], layers: list[QuantLinear], dtype: torch.dtype, invariant: bool
+) -> tuple[Projection, Projection]:
+    separate = None
+    wholes = layers
+    if len(layers) > 1:
+        separate = why_not(layers)
+        if separate is None:
+            whole, parts = fuse(layers, dtype)
+            for name, part in zip(names, parts):
+                parent, _, leaf = name.rpartition(".")
+                setattr(owner.get_submodule(parent), leaf, part)
+            wholes = [whole]
+    for layer in wholes:
+        layer.prepare(dtype)
+
+    def products(fixed: bool) -> list[Callable[[Tensor], Tensor]]:
+        return [_product(layer, fixed) for layer in wholes]
+
+    prompts = Projection(_one_by_one(products(False)), separate)
+    return (Projection(_one_by_one(products(True)), separate) if invariant else prompts), prompts
+
+
+def _product(layer: QuantLinear, invariant: bool) -> Callable[[Tensor], Tensor]:
+    """The layer's own product, under the one or the other promise."""
+
+    def product(x: Tensor) -> Tensor:
+        before = layer.batch_invariant
+        layer.batch_invariant = invariant or before
+        try:
+            return layer(x)
+        finally:
+            layer.batch_invariant = before
+
+    return product
