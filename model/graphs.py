@@ -43,8 +43,9 @@ class Graphs:
                 step()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         torch.cuda.synchronize(self.device)
-        # graphs run one after another, so they may use the same memory
-        with torch.cuda.graph(graph, pool=self._pool):
+        # graphs run one after another, so they may use the same memory; captured on the stream that was warmed up, the
+        # kernels find their counters there, and the graph need not clear one for each launch
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             step()
         self._pool = graph.pool()
         graph.replay()
