@@ -53,15 +53,16 @@ class GraphTimer:
                     call()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.synchronize()
-        once = self._capture(calls, 1)
+        once = self._capture(calls, 1, stream)
         seconds = self._replay(once)
         repeats = max(1, int(SHORTEST_REPLAY / max(seconds, 1e-9)) + 1)
-        graph = once if repeats == 1 else self._capture(calls, repeats)
+        graph = once if repeats == 1 else self._capture(calls, repeats, stream)
         return lambda: self._replay(graph) / (repeats * len(calls))
 
-    def _capture(self, calls: Sequence[Call], repeats: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, calls: Sequence[Call], repeats: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # the stream that was warmed up: elsewhere each split product would clear counters of its own in the graph
+        with torch.cuda.graph(graph, stream=stream):
             for _ in range(repeats):
                 for call in calls:
                     call()
