@@ -10,9 +10,12 @@ from torch import Tensor
 from .config import QuantSpec
 from .formats import FORMATS
 from .tensor import Params, groups_per_row, load_scales, store_scales
+from .workers import Workers
 
 # weights searched at a time: they and their temporaries stay in a core's L2 cache
-_CHUNK = 1 << 16
+_CHUNK = 1 << 17
+# weights below which threads are not worth their start
+_MANY = 1 << 16
 # clipping ratios tried, as multiples of the absmax scale; 1.0 first, so that it wins ties
 _RATIOS = (1.0, *(r / 40 for r in (*range(39, 19, -1), 41, 42, 43)))
 
@@ -62,7 +65,8 @@ def search_scale(
     best = torch.empty_like(base)
     width = groups.shape[2]
     step = max(1, _CHUNK // width)
-    for g in range(groups.shape[1]):
+
+    def search(g: int) -> None:
         members = slice(g * width, (g + 1) * width)
         block = None if hessian is None else hessian[members, members].to(torch.float32)
         for start in range(0, groups.shape[0], step):
@@ -70,6 +74,13 @@ def search_scale(
             z = None if zero is None else zero[rows, g]
             scales = torch.stack([scale[rows, g] for scale in candidates])
             best[rows, g] = _least_error(groups[rows, g].t().contiguous(), scales, z, spec, block)
+
+    if groups.device.type != "cpu" or groups.numel() < _MANY:
+        for g in range(groups.shape[1]):
+            search(g)
+    else:
+        with Workers() as workers:
+            workers.map(search, range(groups.shape[1]))
     return best
 
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from brise.quant import scales
 from brise.quant.config import QuantSpec
 from brise.quant.formats import FORMATS
 from brise.quant.rtn import rtn
@@ -114,3 +115,16 @@ def test_asymmetric_range_always_holds_zero():
     params = choose_params(w, QuantSpec(format="int4", group_size=4, symmetric=False))
     assert params.scale.item() == np.float32(6 / 15)
     assert params.zero is not None and params.zero.item() == 0
+
+
+def test_groups_searched_by_several_threads_have_the_scales_of_one(monkeypatch):
+    w, hessian = random_problem(9, 96, seed=5)
+    spec = QuantSpec(format="int4", group_size=16, algorithm="gptq", scale="hessian")
+    alone = choose_params(w, spec, hessian)
+    monkeypatch.setattr(scales, "_MANY", 1)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(choose_params(w, spec, hessian).scale, alone.scale)
+    finally:
+        torch.set_num_threads(threads)
