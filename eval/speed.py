@@ -29,8 +29,8 @@ class SpeedProtocol:
         warmup, repeats: repetitions not timed, and timed.
     """
 
-    prompt: int = 512
-    new_tokens: int = 16
+    prompt: int = 256
+    new_tokens: int = 8
     batch: int = 1
     warmup: int = 1
     repeats: int = 5
