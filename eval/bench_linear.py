@@ -30,6 +30,8 @@ SPECS = {
 # whom each of ours is set beside
 PEERS = {"int4": "bitsandbytes-4bit", "nf4": "bitsandbytes-4bit", "int8": "bitsandbytes-8bit"}
 BENCH = "linear"
+# int4 once more, with rows that do not depend on one another: what that costs; not for prompts
+INVARIANT, INVARIANT_TOKENS = "int4-invariant", 16
 
 
 def linear_rows(
@@ -55,8 +57,9 @@ def linear_rows(
             say("Linear", len(rows), len(DTYPES) * len(tokens))
             x = torch.randn(count, size, generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
             with torch.inference_mode():
-                errors = check(made, x)
-                times = dict(zip(made, take_turns({n: _call(m, x) for n, m in made.items()}, repeats)))
+                taking = {n: m for n, m in made.items() if n != INVARIANT or count <= INVARIANT_TOKENS}
+                errors = check(taking, x)
+                times = dict(zip(taking, take_turns({n: _call(m, x) for n, m in taking.items()}, repeats)))
             rows.append(
                 {
                     "bench": BENCH,
@@ -87,6 +90,8 @@ def sides(size: int, dtype: torch.dtype) -> dict[str, nn.Module]:
     out: dict[str, nn.Module] = {
         name: QuantLinear.from_quantized(rtn(weight.float(), spec)).eval() for name, spec in SPECS.items()
     }
+    invariant = QuantLinear.from_quantized(_layer(out, "int4").quantized()).eval()
+    invariant.batch_invariant = True
     bnb = bitsandbytes_module()
     four = bnb.nn.Linear4bit(size, size, False, dtype, compress_statistics=False, quant_type="nf4")
     four.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=False, quant_type="nf4")
@@ -96,6 +101,7 @@ def sides(size: int, dtype: torch.dtype) -> dict[str, nn.Module]:
     dense.weight = nn.Parameter(weight, requires_grad=False)
     return {
         **out,
+        INVARIANT: invariant,
         "bitsandbytes-4bit": four.to("cpu").eval(),
         "bitsandbytes-8bit": eight.to("cpu").eval(),
         "dense": dense.eval(),
@@ -117,7 +123,7 @@ def check(made: dict[str, nn.Module], x: Tensor) -> dict[str, float]:
             weight = module.quantized().dequantize(torch.float64)
         elif name == "bitsandbytes-4bit":
             # it may hold its weight re-packed: ours is the same to the bit (tests/quant/test_codebooks.py)
-            weight = _nf4(made).quantized().dequantize(torch.float64)
+            weight = _layer(made, "nf4").quantized().dequantize(torch.float64)
         else:
             weight = made["dense"].weight.double()  # type: ignore[operator]
         exact = exact_x @ weight.T
@@ -132,8 +138,8 @@ def check(made: dict[str, nn.Module], x: Tensor) -> dict[str, float]:
     return errors
 
 
-def _nf4(made: dict[str, nn.Module]) -> QuantLinear:
-    module = made["nf4"]
+def _layer(made: dict[str, nn.Module], name: str) -> QuantLinear:
+    module = made[name]
     assert isinstance(module, QuantLinear)
     return module
 
@@ -154,7 +160,8 @@ def linear_table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for row in rows:
         cells = [row["dtype"], str(row["tokens"])]
-        cells += [Spread(**row["seconds"][name]).text(1e3) for name in names]
+        times = (row["seconds"].get(name) for name in names)
+        cells += ["–" if t is None else Spread(**t).text(1e3) for t in times]
         cells += [Spread(**row["ratios"][f"{ours}/{peer}"]).text(1, 2) for ours, peer in PEERS.items()]
         lines.append("| " + " | ".join(cells) + " |")
     fused = "its fused product" if rows[0]["bitsandbytes_fused"] else "it decodes the weight"
@@ -164,6 +171,7 @@ def linear_table(rows: list[dict[str, Any]]) -> list[str]:
         f"- Median (20th to 80th percentile) of {rows[0]['repeats']} turns; a ratio is taken turn by turn.",
         "- int4: groups of 128; nf4: blocks of 64; int8: per channel, weights only. bitsandbytes: NF4 in blocks of "
         "64; LLM.int8 with threshold 6, which rounds the activations to int8 as well.",
+        "- int4-invariant: no row depends, in any bit, on the other rows of its batch.",
         f"- bitsandbytes' 4-bit layer has a fused product for processors with AVX512-BF16; here {fused}.",
         "- Each product of ours kept twice the error of eager code against float64 before it was timed.",
     ]

@@ -38,6 +38,8 @@ GOALS = {
     ("int8", 28672, 4096, 1): Goal(27.3, 34, 30.5, "us"),
 }
 LONG_PROMPT = 2048
+# up to which the price of rows that do not depend on one another is measured
+INVARIANT_TOKENS = 64
 
 
 def cases() -> list[Case]:
@@ -106,6 +108,9 @@ def make(spec: QuantSpec, n: int, k: int, tokens: int, dtype: torch.dtype, devic
     if packed.layout == "tiles":
         fused = [functools.partial(ops.quant_matmul, x, w, impl="triton") for w in copies]
         problem.sides["fused"] = Side(fused)
+    if 1 < tokens <= INVARIANT_TOKENS:
+        alone = [functools.partial(ops.quant_matmul, x, w, batch_invariant=True) for w in copies]
+        problem.sides["batch-invariant"] = Side(alone)
     problem.sides["dequantize+cublas"] = Side([functools.partial(_decode_first, x, w) for w in copies])
     plain = [eager.clone() for _ in range(copies_for(eager.nbytes))]
     problem.sides["cublas"] = Side([functools.partial(torch.nn.functional.linear, x, w) for w in plain])

@@ -59,7 +59,9 @@ class GraphTimer:
         graph = once if repeats == 1 else self._capture(calls, repeats, stream)
         return lambda: self._replay(graph) / (repeats * len(calls))
 
-    def _capture(self, calls: Sequence[Call], repeats: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    def _capture(
+        self, calls: Sequence[Call], repeats: int, stream: torch.cuda.Stream
+    ) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # the stream that was warmed up: elsewhere each split product would clear counters of its own in the graph
         with torch.cuda.graph(graph, stream=stream):
@@ -102,7 +104,7 @@ class WallTimer:
 class Goal:
     """Of one figure of ours: ``limit`` is to be reached, ``aim`` is what we hope for, ``floor`` what physics allows.
 
-    ``unit`` is us, TFLOP/s, or "x SIDE": how many times as fast as that side. ``higher``: more is better.
+    ``unit`` is us, TFLOP/s, tok/s, or "x SIDE": how many times as fast as that side. ``higher``: more is better.
     """
 
     floor: float | None
@@ -141,6 +143,7 @@ class Problem:
     allowed: float = 0.0
     flops: float = 0.0
     nbytes: float = 0.0
+    tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,9 @@ class Case:
     make: Callable[[torch.device], Problem]
     goal: Goal | None = None
     priority: int = 9
+    # by the clock on the wall: what looks at the device itself, as a whole generation does, fits into no graph
+    eager: bool = False
+    rounds: int = ROUNDS
 
 
 def copies_for(nbytes: int, total: int = COPIES_BYTES) -> int:
@@ -160,12 +166,15 @@ def copies_for(nbytes: int, total: int = COPIES_BYTES) -> int:
     return max(1, -(-total // max(1, nbytes)))
 
 
-def measure(case: Case, device: torch.device, timer: Timer, rounds: int = ROUNDS) -> dict[str, Any]:
+def measure(case: Case, device: torch.device, timer: Timer, rounds: int | None = None) -> dict[str, Any]:
     """Check one case against float64 and time all its sides in turns; a JSON-ready row.
 
     A side whose result is wrong by more than the budget (ours) or cannot be had (a peer) has no time in the row.
     """
     problem = case.make(device)
+    rounds = rounds or case.rounds
+    if case.eager:
+        timer = WallTimer()
     ours = next(iter(problem.sides))
     errors, missing, repeats = {}, dict(problem.missing), None
     steps: dict[str, Callable[[], float]] = {}
@@ -205,6 +214,7 @@ def measure(case: Case, device: torch.device, timer: Timer, rounds: int = ROUNDS
         "rounds": rounds,
         "flops": problem.flops,
         "bytes": problem.nbytes,
+        "tokens": problem.tokens,
     }
     return {**row, "goal": judge(case.goal, row)}
 
@@ -227,6 +237,8 @@ def judge(goal: Goal | None, row: dict[str, Any]) -> dict[str, Any] | None:
             value = ours * 1e6
         elif goal.unit == "TFLOP/s":
             value = row["flops"] / ours / 1e12
+        elif goal.unit == "tok/s":
+            value = row["tokens"] / ours
         elif (peer := row["seconds"].get(goal.unit.removeprefix("x "))) is not None:
             value = peer["median"] / ours
     return {**dataclasses.asdict(goal), "value": value, "met": None if value is None else goal.met(value)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 def relative_error(out: Tensor, exact: Tensor) -> float:
     """||out - exact|| / ||exact||, in float64; nan where anything is nan."""
-    difference = (out.double() - exact.double()).norm()
+    difference = (out.detach().double() - exact.double()).norm()
     return float(difference / exact.double().norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 

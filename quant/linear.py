@@ -17,7 +17,7 @@ from ..kernels.cpu import INT4PACK_ROWS
 from ..kernels.ops import PackedWeight, pack_weight, quant_matmul, unpack_weight
 from .config import QuantSpec
 from .double_quant import dynamic_map
-from .formats import FORMATS
+from .formats import FORMATS, IMPORTED
 from .packing import unpack_codes
 from .tensor import Params, QuantizedTensor, layout
 
@@ -124,11 +124,16 @@ class QuantLinear(_Quantized):
         """x [..., in_features] of any float dtype -> [..., out_features] of the same dtype (autocast's under it)."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected an input [..., {self.in_features}], got {list(x.shape)}")
+        if self.spec.format in IMPORTED:  # no kernel knows those
+            weight = self.quantized().dequantize(x.dtype)
+            return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.compiler.is_exporting():
             if x.dtype not in self._prepared:
-                raise RuntimeError(f"pack the weight before it is exported: call prepare({x.dtype}) on every QuantLinear")
+                raise RuntimeError(
+                    f"call prepare({x.dtype}) on every QuantLinear before the model is exported"
+                )
         # a compiler must not look whether it has been done: its guards would fail as soon as it is
         elif torch.compiler.is_compiling() or x.dtype not in self._prepared:
             self.prepare(x.dtype)
@@ -143,24 +148,26 @@ class QuantLinear(_Quantized):
 
         ``forward`` calls it. Under ``torch.compile`` it runs while the graph is made, not in the graph.
         """
-        if dtype in self._prepared or self.layout != "portable":
+        if dtype not in self._prepared:
+            if self.layout == "portable":
+                # packed tensors outlive the mode they are made in: those of inference mode could not be trained on
+                with torch.inference_mode(False), torch.no_grad():
+                    self._pack(dtype)
             self._prepared = (*self._prepared, dtype)
-            return True
-        # packed tensors outlive the mode they were made in: those of inference mode could never be trained on
-        with torch.inference_mode(False), torch.no_grad():
-            stored = super().quantized().tensors
-            # a copy: a buffer can be changed from outside, the table of all formats must not be
-            scales_map = dynamic_map(stored["scales"].device).clone() if self.spec.double_quant else None
-            packed = pack_weight(stored, self.spec.format, self.shape, dtype, scales_map=scales_map)
-            self.layout = packed.layout
-            for name in TENSORS:
-                if packed.layout != "portable" or name == "scales_map":
-                    self._buffers[_PACKED + name] = packed.tensors.get(name)
-            if packed.layout == "tiles" and not self.tied:
-                for name in stored:
-                    self._buffers[name] = None
-        self._prepared = (*self._prepared, dtype)
         return True
+
+    def _pack(self, dtype: torch.dtype) -> None:
+        stored = super().quantized().tensors
+        # a copy: a buffer can be changed from outside, the table of all formats must not be
+        scales_map = dynamic_map(stored["scales"].device).clone() if self.spec.double_quant else None
+        packed = pack_weight(stored, self.spec.format, self.shape, dtype, scales_map=scales_map)
+        self.layout = packed.layout
+        for name in TENSORS:
+            if packed.layout != "portable" or name == "scales_map":
+                self._buffers[_PACKED + name] = packed.tensors.get(name)
+        if packed.layout == "tiles" and not self.tied:
+            for name in stored:
+                self._buffers[name] = None
 
     def release(self) -> None:
         """Go back to the portable form alone; the next product packs anew."""

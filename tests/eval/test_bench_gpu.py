@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from brise.eval import bench_gpu, gpu_attention, gpu_decode, gpu_matmul, gpu_protocol, gpu_tune
+from brise.eval import bench_gpu, gpu_attention, gpu_decode, gpu_generate, gpu_matmul, gpu_protocol, gpu_tune
 from brise.eval.gpu_protocol import Case, Goal, Problem, RowFile, Side, WallTimer, copies_for, judge, measure
 from brise.kernels import reference, tuning
 
@@ -29,7 +29,7 @@ def small(monkeypatch):
 def test_a_case_is_checked_and_every_side_has_a_time(name, dtype):
     row = measure(gpu_matmul.matmul_case(name, 128, 256, 3, dtype), CPU, WallTimer(), rounds=3)
     assert row["ok"] and row["repeatable"] and row["ours"] == "ours"
-    assert {"ours", "dequantize+cublas", "cublas"} <= set(row["seconds"])
+    assert {"ours", "batch-invariant", "dequantize+cublas", "cublas"} <= set(row["seconds"])
     assert 0 < row["errors"]["ours"] <= row["allowed"]
     spread = row["seconds"]["ours"]
     assert 0 < spread["p20"] <= spread["median"] <= spread["p80"]
@@ -98,6 +98,24 @@ def test_the_rest_of_a_step_is_checked():
         assert row["ok"] and row["repeatable"] and set(row["seconds"]) == {"ours", "eager"}, row
 
 
+@pytest.mark.parametrize("name", ["int4", None])
+def test_a_whole_generation_is_checked_against_the_plain_forward_pass(name):
+    size = {
+        "vocab_size": 50, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8, "max_position_embeddings": 64,
+    }  # fmt: skip
+    goal = Goal(None, 1e-3, 1e9, "tok/s", higher=True)
+    one = gpu_generate.generate_case(name, 2, 5, 9, goal, "float32", size)
+    row = measure(one, CPU, WallTimer())
+    assert row["ok"] and row["repeatable"] and row["rounds"] == 3, row
+    assert row["tokens"] == 18 and row["goal"]["met"] == "limit"
+    assert row["goal"]["value"] == pytest.approx(18 / row["seconds"]["ours"]["median"])
+    problem = one.make(CPU)
+    written = problem.sides["ours"].calls[0]()
+    written[0, 4] = (written[0, 4] + 1) % 50
+    assert gpu_protocol.relative_error(problem.pick(written), problem.exact) > problem.allowed
+
+
 def case(call, goal=None, exact=None, **more):
     exact = torch.ones(4, dtype=torch.float64) if exact is None else exact
 
@@ -113,7 +131,7 @@ def test_a_wrong_result_has_no_time():
     assert not row["ok"] and "ours" not in row["seconds"] and "cublas" in row["seconds"]
     assert "relative error 0.1, allowed 0.001" in row["missing"]["ours"]
     row = measure(case(lambda: torch.full((4,), math.nan)), CPU, WallTimer(), 3)
-    assert not row["ok"] and row["errors"]["ours"] is None
+    assert not row["ok"] and row["errors"]["ours"] is None and "wrong" in row["missing"]["ours"]
     json.dumps(row, allow_nan=False)
 
 

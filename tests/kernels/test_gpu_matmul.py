@@ -133,6 +133,20 @@ def test_a_layer_holds_its_weight_once_and_moves_back_to_the_bit(spec):
     assert all(torch.equal(t, stored[n]) for n, t in module.state_dict().items())
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("fmt", ["nf4", "int4", "int3"])
+def test_what_tiles_cannot_hold_is_decoded_first(fmt, dtype, invariant):
+    q, w = make(QuantSpec(format=fmt, group_size=24), 100, 240, dtype)
+    assert w.layout == "portable"
+    x = torch.randn(5, 240, device="cuda").to(dtype)
+    dense = q.dequantize(torch.float64)
+    out = ops.quant_matmul(x, w, batch_invariant=invariant)
+    check_budget(out, x @ dense.to(dtype).T, x.double() @ dense.T, f"{fmt} {dtype}")
+    if invariant:
+        assert torch.equal(ops.quant_matmul(x[2:3], w, batch_invariant=True), out[2:3])
+
+
 def test_compiled_by_inductor_in_one_graph():
     q, _ = make(SPECS[0], 512, 1024, torch.float16)
     module = QuantLinear.from_quantized(q)

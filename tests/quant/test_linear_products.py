@@ -136,8 +136,7 @@ def test_autocast_decides_the_dtype_as_for_a_dense_layer(rows):
     assert module(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["int4", "nf4-dq"])
+@pytest.mark.parametrize("name,dtype", [("int4", torch.bfloat16), ("nf4-dq", torch.float32)])
 def test_compiles_into_one_graph_before_and_after_the_first_product(name, dtype, layouts):
     q = make(name)
     x = torch.randn(2, 128).to(dtype)
@@ -146,7 +145,9 @@ def test_compiles_into_one_graph_before_and_after_the_first_product(name, dtype,
     got = graph(x)
     # packed while the graph was made, not in it
     assert model[0]._prepared and (layouts != "tiles" or model[0].qweight is None)
-    assert torch.equal(got, model(x)) and torch.equal(graph(x), got)
+    assert torch.equal(got, model(x))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(graph(x), got)
     for rows in (3, 4, 70):
         assert torch.equal(graph(x[:1].repeat(rows, 1)), model(x[:1].repeat(rows, 1)))
     other = quantize_weight("w", torch.randn(64, 128), q.spec)
@@ -154,6 +155,17 @@ def test_compiles_into_one_graph_before_and_after_the_first_product(name, dtype,
     assert torch.equal(graph(x), model(x))
     expect(model[0], x, other)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["int4", "nf4-dq"])
+def test_exports_what_has_been_packed(name, layouts):
+    model = nn.Sequential(QuantLinear.from_quantized(make(name)))
+    x = torch.randn(2, 128)
+    with pytest.raises(RuntimeError, match=r"call prepare\(torch\.float32\)"):
+        torch.export.export(model, (x,))
+    expected = model(x)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+    assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("name", ["int4", "nf4-dq", "int8"])
