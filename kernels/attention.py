@@ -22,12 +22,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 def tile_of_program(pairs, blocks, heads_per_group):
     """(batch * KV + head, block): heads_per_group heads side by side, whose keys share the L2 cache; within
     them the last blocks first, which see the most keys."""
-    pid = tl.program_id(0)
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cast(blocks, tl.int64)
     group_size = heads_per_group * blocks
     first = (pid // group_size) * heads_per_group
     heads = tl.minimum(pairs - first, heads_per_group)
     rest = pid % group_size
-    return first + rest % heads, blocks - 1 - rest // heads
+    return first + rest % heads, (blocks - 1 - rest // heads).to(tl.int32)
 
 
 @triton.jit
@@ -139,8 +140,8 @@ def forward_kernel(
     """
     P: tl.constexpr = BM // G
     pair, block = tile_of_program(pairs, tl.cdiv(S, P), heads_per_group)
-    batch = tl.cast(pair // KV, tl.int64)
-    head = tl.cast(pair % KV, tl.int64)
+    batch = pair // KV
+    head = pair % KV
     row = tl.arange(0, BM)
     d = tl.arange(0, DP)
     # rows beyond the last position repeat it, so that the interval of the tile is that of its real rows

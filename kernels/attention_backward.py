@@ -61,8 +61,8 @@ def dq_kernel(
     one: lse enters each score's gradient with the same weight p."""
     P: tl.constexpr = BM // G
     pair, block = tile_of_program(pairs, tl.cdiv(S, P), heads_per_group)
-    batch = tl.cast(pair // KV, tl.int64)
-    head = tl.cast(pair % KV, tl.int64)
+    batch = pair // KV
+    head = pair % KV
     row = tl.arange(0, BM)
     d = tl.arange(0, DP)
     s = tl.minimum(block * P + tl.minimum(row // G, P - 1), S - 1)
@@ -170,8 +170,8 @@ def dkdv_kernel(
     pair, block = tile_of_program(pairs, blocks, heads_per_group)
     # without a window the first keys are seen most: they start first
     tile = blocks - 1 - block
-    batch = tl.cast(pair // KV, tl.int64)
-    head = tl.cast(pair % KV, tl.int64)
+    batch = pair // KV
+    head = pair % KV
     n = tl.arange(0, BN)
     d = tl.arange(0, DP)
     keys = tile * BN + n

@@ -48,6 +48,7 @@ def _shape(q: Tensor, k: Tensor, config: tuning.AttentionConfig) -> dict[str, An
         "DTYPE": DTYPES[q.dtype],
         "STAGES": config.stages,
         "num_warps": config.warps,
+        "num_stages": config.stages,
     }
 
 

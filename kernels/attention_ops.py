@@ -137,10 +137,12 @@ def _forward(
         seen = None if bounds is None else bounds.contiguous()
         return launch.forward(_rows(q), _rows(k), _rows(v), seen, window, causal, offset, scale)
     seen = _bounds_of(q, k, bounds, window, causal, offset)
-    if impl == "reference":
-        out, lse = reference.attention(q, k, v, reference.visible_in(seen, k.shape[1]), scale)
-        return out.contiguous(), lse.contiguous()
-    return blocks.forward(q, k, v, seen, scale)
+    # under autocast the products inside would be taken in another dtype than was asked for
+    with torch.autocast(q.device.type, enabled=False):
+        if impl == "reference":
+            out, lse = reference.attention(q, k, v, reference.visible_in(seen, k.shape[1]), scale)
+            return out.contiguous(), lse.contiguous()
+        return blocks.forward(q, k, v, seen, scale)
 
 
 @torch.library.custom_op("brise::sliding_attention_backward", mutates_args=())
@@ -169,11 +171,12 @@ def _backward(
             out.contiguous(), lse.contiguous(), seen, window, causal, offset, scale,
         )  # fmt: skip
     seen = _bounds_of(q, k, bounds, window, causal, offset)
-    if impl == "reference":
-        visible = reference.visible_in(seen, k.shape[1])
-        dq, dk, dv = reference.attention_backward(dout, dlse, q, k, v, visible, scale)
-    else:
-        dq, dk, dv = blocks.backward(dout, dlse, q, k, v, out, lse, seen, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        if impl == "reference":
+            visible = reference.visible_in(seen, k.shape[1])
+            dq, dk, dv = reference.attention_backward(dout, dlse, q, k, v, visible, scale)
+        else:
+            dq, dk, dv = blocks.backward(dout, dlse, q, k, v, out, lse, seen, scale)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 

@@ -27,7 +27,7 @@ class AttentionConfigs:
     dkdv: AttentionConfig
 
 
-# head_dim is padded to a power of two: 96 takes the entry of 128
+# head_dim is padded to a power of two, whose entry serves where there is none of its own
 _TABLE: dict[int, dict[int, AttentionConfigs]] = {
     90: {
         64: AttentionConfigs(
@@ -36,8 +36,11 @@ _TABLE: dict[int, dict[int, AttentionConfigs]] = {
         128: AttentionConfigs(
             AttentionConfig(128, 128, 8, 2), AttentionConfig(128, 64, 8, 2), AttentionConfig(32, 128, 8, 2)
         ),
+        96: AttentionConfigs(
+            AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 2), AttentionConfig(32, 128, 8, 2)
+        ),
         256: AttentionConfigs(
-            AttentionConfig(128, 64, 8, 2), AttentionConfig(32, 32, 4, 1), AttentionConfig(32, 32, 8, 1)
+            AttentionConfig(128, 32, 8, 2), AttentionConfig(32, 32, 4, 1), AttentionConfig(32, 32, 8, 1)
         ),
     },
     # sized for the 99 KiB of shared memory of sm_86 and sm_89
@@ -46,7 +49,7 @@ _TABLE: dict[int, dict[int, AttentionConfigs]] = {
             AttentionConfig(128, 64, 8, 3), AttentionConfig(64, 64, 4, 2), AttentionConfig(32, 64, 4, 2)
         ),
         128: AttentionConfigs(
-            AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 32, 4, 2), AttentionConfig(32, 64, 8, 2)
+            AttentionConfig(128, 32, 8, 3), AttentionConfig(64, 32, 4, 2), AttentionConfig(32, 64, 8, 2)
         ),
         256: AttentionConfigs(
             AttentionConfig(64, 32, 8, 2), AttentionConfig(32, 32, 4, 1), AttentionConfig(32, 32, 8, 1)
@@ -64,7 +67,8 @@ def configs(arch: int, head_dim: int, itemsize: int) -> AttentionConfigs:
     """For a GPU of compute capability ``arch`` (90 for sm_90) and elements of ``itemsize`` bytes."""
     if itemsize > 2:
         return _FLOAT32
-    return _TABLE[90 if arch in (90, 100, 103) else 80][max(64, 1 << (head_dim - 1).bit_length())]
+    table = _TABLE[90 if arch in (90, 100, 103) else 80]
+    return table.get(head_dim) or table[max(64, 1 << (head_dim - 1).bit_length())]
 
 
 def heads_per_group(pairs: int, keys_in_sight: int, head_dim: int, itemsize: int) -> int:

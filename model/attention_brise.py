@@ -290,7 +290,9 @@ def _bounds_of_positions(position_ids: Tensor, window: int | None) -> Tensor | N
     """
     global _seen_positions
     compiling = torch.compiler.is_compiling()
-    if not compiling and _seen_positions is not None:
+    # what is made under inference_mode does not tell when it is written to
+    kept = not compiling and not position_ids.is_inference()
+    if kept and _seen_positions is not None:
         last, version, last_window, found = _seen_positions
         if last() is position_ids and version == position_ids._version and last_window == window:
             return found
@@ -302,6 +304,6 @@ def _bounds_of_positions(position_ids: Tensor, window: int | None) -> Tensor | N
         begin = torch.where(begins, index, 0).cummax(0).values
         lo = begin if window is None else torch.maximum(begin, index - window + 1)
         bounds = torch.stack((lo, index + 1)).to(torch.int32)[None]
-    if not compiling:
+    if kept:
         _seen_positions = (weakref.ref(position_ids), position_ids._version, window, bounds)
     return bounds

@@ -192,6 +192,18 @@ def test_strided_inputs_and_a_last_stride_that_is_not_one():
     torch.testing.assert_close(sliding_attention(*views, window=5), want)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_leaves_the_dtype_that_was_asked_for(impl):
+    leaves = [x.requires_grad_() for x in states(2, 12, 12)]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = sliding_attention(*leaves, window=5, impl=impl)
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for one, plain in zip(*results):
+        assert torch.equal(one, plain)
+
+
 @pytest.mark.parametrize("name", PACKINGS)
 def test_bounds_are_the_definition(name):
     (q, k, _), packing = case(name)
@@ -202,23 +214,32 @@ def test_bounds_are_the_definition(name):
         assert torch.equal(seen, explicit(q, k, window, **packing))
 
 
-def test_ranges_of_queries_hold_every_query_that_sees_a_block_of_keys():
+def test_a_query_that_belongs_to_no_sequence_sees_nothing():
+    ends = torch.tensor([2, 9, 9, 17])
+    bounds = key_bounds(31, 31, device=ends.device, window=6, causal=True, cu_seqlens=ends)
+    x = torch.empty(1, 31, 1, 1)
+    assert torch.equal(attention_reference.visible_in(bounds, 31), explicit(x, x, 6, cu_seqlens=ends))
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_ranges_of_queries_hold_every_query_that_sees_a_block_of_keys(block):
     generator = torch.Generator().manual_seed(0)
     lo = torch.randint(0, 30, (4, 50), generator=generator)
     bounds = torch.stack((lo, lo + torch.randint(0, 9, (4, 50), generator=generator)), 1).to(torch.int32)
-    ordered = key_bounds(50, 38, device=lo.device, window=5, causal=True, starts=torch.tensor([0, 7, 38, 11]))
+    padding = {"starts": torch.tensor([0, 7, 38, 11]), "lengths": torch.tensor([21, 31, 0, 5])}
+    ordered = key_bounds(50, 38, device=lo.device, window=5, causal=True, **padding)
     for b in (bounds, ordered):
-        ranges = query_ranges(b, 38, 8, 4)
+        ranges = query_ranges(b, 38, 8, block)
         assert ranges.shape == (4, 5, 2)
         seen = attention_reference.visible_in(b, 40).unflatten(2, (5, 8)).any(3)
         for row in range(4):
-            for block in range(5):
-                first, end = ranges[row, block].tolist()
-                queries = seen[row, :, block].nonzero().flatten()
-                inside = (queries >= 4 * first) & (queries < 4 * end)
-                assert inside.all()
-                if b is ordered and len(queries):
-                    assert first == queries[0] // 4 and end == queries[-1] // 4 + 1
+            for keys in range(5):
+                first, end = ranges[row, keys].tolist()
+                queries = seen[row, :, keys].nonzero().flatten()
+                assert ((queries >= block * first) & (queries < block * end)).all()
+                if b is ordered:  # and no others
+                    tight = (queries[0] // block, queries[-1] // block + 1) if len(queries) else (0, 0)
+                    assert (first, end) == tight
 
 
 def test_opcheck():

@@ -1,6 +1,7 @@
 """Run by test_interpreted.py under TRITON_INTERPRET=1: the gradient kernels on the CPU against float64 autograd."""
 
 import torch
+from triton.runtime.interpreter import interpreter_builder
 
 from brise.kernels import attention_launch as launch
 from brise.kernels import attention_reference as reference
@@ -112,6 +113,33 @@ def check_untouched():
                 assert torch.equal(one[:, here], whole[:, here]), first
 
 
+def count_products(run):
+    """How many tile products a launch makes."""
+    made, make = [], interpreter_builder.create_dot
+
+    def counted(*arguments):
+        made.append(arguments)
+        return make(*arguments)
+
+    interpreter_builder.create_dot = counted
+    run()
+    interpreter_builder.create_dot = make
+    return len(made)
+
+
+def check_cost():
+    """Three products for dq and four for dk and dv where a query of the block sees a key, none for other blocks."""
+    length, window = 80, 17
+    q, k, v, dout = states(1, length, length, 1, 1, 16, torch.float32)
+    seen = reference.visible(1, length, length, window=window, causal=True)
+    pairs = seen.unflatten(2, (-1, 16)).unflatten(1, (-1, 16)).any(4).any(2).sum()
+    bounds = key_bounds(length, length, device=CPU, window=window, causal=True)
+    for way in ((None, window, True, 0, 0.25), (bounds, 0, False, 0, 0.25)):
+        saved = launch.forward(q, k, v, *way, SMALL.forward)
+        made = count_products(lambda way=way, o=saved: launch.backward(dout, None, q, k, v, *o, *way, SMALL))
+        assert made == 7 * pairs, f"{made} products for {pairs} pairs of blocks"
+
+
 def poison():
     """Outputs come from torch.empty: fill it with NaN, so that an element left unwritten shows."""
     make = torch.empty
@@ -131,4 +159,5 @@ if __name__ == "__main__":
     check_packing()
     check_lse()
     check_untouched()
+    check_cost()
     print("interpreted attention backward: all within budget")

@@ -1,13 +1,15 @@
 """Run by test_interpreted.py under TRITON_INTERPRET=1: the forward kernel on the CPU against float64."""
 
+import functools
 import tempfile
 
 import torch
+from triton.runtime.interpreter import interpreter_builder
 
 from brise.kernels import attention_launch as launch
 from brise.kernels import attention_reference as reference
-from brise.kernels.attention_bounds import key_bounds
 from brise.kernels import tuning_attention as tuning
+from brise.kernels.attention_bounds import key_bounds
 from brise.kernels.budget import check_budget
 from brise.kernels.launch import interpreting
 from brise.kernels.tuning_attention import AttentionConfig
@@ -121,6 +123,32 @@ def check_untouched():
             assert torch.equal(out[:, first : first + 16], want[:, first : first + 16]), first
 
 
+def count_products(run):
+    """How many tile products a launch makes."""
+    made, make = [], interpreter_builder.create_dot
+
+    def counted(*arguments):
+        made.append(arguments)
+        return make(*arguments)
+
+    interpreter_builder.create_dot = counted
+    run()
+    interpreter_builder.create_dot = make
+    return len(made)
+
+
+def check_cost():
+    """Two products for each pair of blocks in which some query sees some key, and none for any other pair."""
+    for queries, keys, window in ((96, 96, 17), (48, 96, 40), (96, 96, None)):
+        q, k, v = states(1, queries, keys, 1, 1, 16, torch.float32)
+        seen = reference.visible(1, queries, keys, window=window, causal=True)
+        pairs = seen.unflatten(2, (-1, 16)).unflatten(1, (-1, 16)).any(4).any(2).sum()
+        bounds = key_bounds(queries, keys, device=CPU, window=window, causal=True)
+        for way in ((None, window or 0, True, keys - queries), (bounds, 0, False, 0)):
+            made = count_products(functools.partial(launch.forward, q, k, v, *way, 0.25, SMALL))
+            assert made == 2 * pairs, f"{made} products for {pairs} pairs of blocks"
+
+
 def check_groups():
     """Heads that run side by side: 2 of 5 at a time, the last one alone."""
     before, tuning.SHARED_KEYS_BYTES = tuning.SHARED_KEYS_BYTES, 2 * 2 * 20 * 16 * 4
@@ -164,6 +192,7 @@ if __name__ == "__main__":
     check_packed()
     check_empty()
     check_untouched()
+    check_cost()
     check_groups()
     with tempfile.TemporaryDirectory() as folder:
         check_far(folder)
