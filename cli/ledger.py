@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,11 +81,12 @@ def _ledger(
     """
     from ..eval.memory import check_ledger, kv_cache_bytes, ledger_of_checkpoint, predict_ledger
     from ..model.checkpoint import empty_model
+    from ..model.foreign.reader import open_checkpoint
     from ..model.quantization_entry import read_entry
     from ..quant.apply import find_targets, resolve
     from ..quant.config import ConfigError
 
-    data = json.loads((folder / "config.json").read_text())
+    data = dict(open_checkpoint(folder).config)
     entry = data.pop("quantization_config", None)
     model = empty_model(data)
     kv = kv_cache_bytes(model.config, length)

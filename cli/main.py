@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import assets, bench, evaluate, export, generate, ledger, quantize, sweep
+from . import assets, bench, evaluate, export, generate, ledger, quantize, sweep, verify
 from .errors import USAGE, Application
 
 app = typer.Typer(
@@ -41,7 +41,7 @@ def root(
         raise typer.Exit(USAGE)
 
 
-for group in (assets, quantize, export, ledger, evaluate, sweep, generate, bench):
+for group in (assets, quantize, export, verify, ledger, evaluate, sweep, generate, bench):
     group.add_to(app)
 
 

@@ -7,7 +7,7 @@ disk; the two must agree to the byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.reader import CheckpointReader
+from ..model.foreign.reader import open_checkpoint
 from ..quant.apply import find_targets, resolve
 from ..quant.config import QuantConfig, QuantSpec
 from ..quant.tensor import layout
@@ -27,6 +27,7 @@ KINDS = {
     "scales_absmax": "double_quant",
     "scales_offset": "double_quant",
     "zeros": "zeros",
+    "minimums": "zeros",
     "g_idx": "order",
     "weight": "kept",
     "bias": "kept",
@@ -149,13 +150,15 @@ def predict_ledger(
 def ledger_of_checkpoint(folder: str | Path) -> Ledger:
     """The ledger of a checkpoint on disk, from the headers of its safetensors files; no tensor is read.
 
+    What another library wrote is counted as it is once it is read here, in our layout.
+
     Raises:
         CheckpointError: no checkpoint, or a damaged one.
         LedgerError: another architecture, or a tensor of a name that is not known here.
     """
     from transformers import MistralConfig
 
-    reader = CheckpointReader(folder)
+    reader = open_checkpoint(Path(folder))
     data = {key: value for key, value in reader.config.items() if key != "quantization_config"}
     if data.get("model_type") != "mistral":
         raise LedgerError(f"expected a checkpoint of model_type mistral, got {data.get('model_type')!r}")
@@ -294,3 +297,15 @@ def human_bytes(n: int) -> str:
         if n >= decimal:
             return f"{n / decimal:.3g} {names[0]} ({n / binary:.3g} {names[1]})"
     return f"{n} B"
+
+
+def ledger_of_tensors(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], parameters: int, quantized_parameters: int
+) -> Ledger:
+    """The ledger of tensors (name, dtype, shape) that are to be written.
+
+    Raises:
+        LedgerError: a tensor of a name that is not known here.
+    """
+    entries = tuple(_entry(name, dtype, shape) for name, dtype, shape in tensors)
+    return Ledger(entries, parameters, quantized_parameters)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..model.foreign.reader import config_of
 from ..model.quantization_entry import METHOD
 from .assets import MANIFEST
 from .provenance import model_hash
@@ -30,13 +31,13 @@ def model_info(folder: Path, source: str | None = None) -> ModelInfo:
     if manifest.is_file() and quantization_of(folder) is None:  # a quantized copy is not the asset
         asset = json.loads(manifest.read_text())
         return ModelInfo(asset["name"], model_hash(folder), asset["gives"])
-    hub = source is not None and not Path(source).expanduser().is_dir()
+    hub = source is not None and not Path(source).expanduser().exists()
     return ModelInfo(str(source) if hub else folder.resolve().name, model_hash(folder))
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
     """How a checkpoint was quantized: our rules as given, another library's entry as it is, or None."""
-    entry = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    entry = config_of(folder).get("quantization_config")
     if isinstance(entry, dict) and entry.get("quant_method") == METHOD:
         rules: dict[str, Any] = entry["config"]
         return rules

@@ -110,10 +110,12 @@ def hash_files(files: Iterable[Path]) -> str:
 
 
 def model_hash(folder: Path) -> str:
-    """sha256 of what makes a model: its config.json and its safetensors files.
+    """sha256 of what makes a model: its config.json and its safetensors files, or its one GGUF file.
 
     The version of the library that wrote config.json says nothing about the model and is left out.
     """
+    if folder.is_file():
+        return hash_files([folder])
     config = json.loads((folder / "config.json").read_text())
     config.pop("transformers_version", None)
     text = json.dumps(config, sort_keys=True) + hash_files(folder.glob("*.safetensors"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..model.checkpoint import load_tokenizer
+from ..model.foreign.reader import config_of
 from .data import FREE, Bos, Text, TextError, Windows, load_text, make_windows
 from .protocols import protocol_of, protocol_text, protocol_windows
 from .record import Protocol
@@ -108,7 +108,7 @@ def make_setting(
         TaskError: no such task.
         ValueError: longer windows than the model has positions for.
     """
-    config = json.loads((source / "config.json").read_text())
+    config = config_of(source)
     if dtype is None:
         name = config.get("dtype") or config.get("torch_dtype") or "float32"
         dtype = getattr(torch, name)

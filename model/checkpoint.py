@@ -18,6 +18,8 @@ from ..quant.apply import Report, find_targets, tie_quantized
 from ..quant.config import QuantConfig
 from ..quant.linear import QuantEmbedding, QuantLinear
 from .foreign.reader import open_checkpoint
+from .gguf import open_gguf
+from .gguf_tokenizer import read_tokenizer
 from .quantization_entry import entry_of, quantization_entry, read_entry
 from .reader import CheckpointReader, read_json, resolve_source
 from .rope import MistralRotaryEmbedding
@@ -110,6 +112,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         CheckpointError: there is none, or it needs such code.
     """
     source = resolve_source(folder)
+    if source.suffix == ".gguf" and source.is_file():
+        return read_tokenizer(open_gguf(source))
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

@@ -43,7 +43,7 @@ _KEYS = {
     "rope.scaling.type",
     "expert_count",
 }
-_BLOCK = {
+BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -176,6 +176,10 @@ def plan_tensors(reader: Any, config: dict[str, Any]) -> dict[str, GGUFTensor]:
     Raises:
         GGUFError: a tensor is missing, left over, or has another shape than the configuration says.
     """
+    if not 0 < config["num_hidden_layers"] <= len(reader.tensors):
+        raise GGUFError(
+            f"llama.block_count is {config['num_hidden_layers']}, the file has {len(reader.tensors)} tensors"
+        )
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     n_q, n_kv, width = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     shapes = {
@@ -192,7 +196,7 @@ def plan_tensors(reader: Any, config: dict[str, Any]) -> dict[str, GGUFTensor]:
     heads = {"attn_q": n_q, "attn_k": n_kv}
     plan = {"model.embed_tokens.weight": GGUFTensor("token_embd.weight", (vocab, hidden))}
     for layer in range(config["num_hidden_layers"]):
-        for short, name in _BLOCK.items():
+        for short, name in BLOCK_NAMES.items():
             plan[f"model.layers.{layer}.{name}.weight"] = GGUFTensor(
                 f"blk.{layer}.{short}.weight", shapes[short], heads.get(short, 0)
             )

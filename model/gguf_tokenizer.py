@@ -26,6 +26,13 @@ def save_tokenizer(reader: Any, folder: Path, *, vocab_size: int, max_length: in
     Raises:
         GGUFError: no tokenizer, another kind than byte-pair, or a pre-tokenizer that is not known here.
     """
+    tokenizer = read_tokenizer(reader, vocab_size)
+    tokenizer.model_max_length = max_length
+    tokenizer.save_pretrained(folder)
+
+
+def read_tokenizer(reader: Any, vocab_size: int | None = None) -> Any:
+    """The tokenizer of an opened GGUF file; ``vocab_size`` is how many tokens it must have. Raises GGUFError."""
     from transformers import PreTrainedTokenizerFast
 
     from .gguf import GGUFError
@@ -37,7 +44,7 @@ def save_tokenizer(reader: Any, folder: Path, *, vocab_size: int, max_length: in
     tokens = ggml.get("tokens")
     if tokens is None:
         raise GGUFError("the file holds no tokenizer (tokenizer.ggml.tokens is missing)")
-    if len(tokens) != vocab_size:
+    if vocab_size is not None and len(tokens) != vocab_size:
         raise GGUFError(f"expected {vocab_size} tokens, one for each row of the embedding, got {len(tokens)}")
     special = {}
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
@@ -46,12 +53,11 @@ def save_tokenizer(reader: Any, folder: Path, *, vocab_size: int, max_length: in
             special[f"{role}_token"] = tokens[index]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_byte_pair(ggml, tokens),
-        model_max_length=max_length,
         clean_up_tokenization_spaces=False,
         **special,
     )
     tokenizer.chat_template = fields.get("tokenizer.chat_template")
-    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def _byte_pair(ggml: dict[str, Any], tokens: list[str]) -> Any:
@@ -65,9 +71,8 @@ def _byte_pair(ggml: dict[str, Any], tokens: list[str]) -> Any:
             f"expected a byte-pair tokenizer (tokenizer.ggml.model 'gpt2'), got {ggml.get('model')!r}; "
             "convert the weights from the model's Hugging Face folder instead"
         )
-    if "merges" not in ggml:
-        raise GGUFError("the key tokenizer.ggml.merges is missing")
-    merges = [tuple(merge.split(" ")) for merge in ggml["merges"]]
+    # the gguf package writes no empty arrays: no key, no merges
+    merges = [tuple(merge.split(" ")) for merge in ggml.get("merges", [])]
     if bad := next((merge for merge in merges if len(merge) != 2), None):
         raise GGUFError(f"expected two pieces in every merge, got {' '.join(bad)!r}")
     vocab = {token: index for index, token in enumerate(tokens)}

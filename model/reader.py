@@ -20,7 +20,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def resolve_source(source: str | Path) -> Path:
-    """A model's folder: ``source`` itself, or the local copy of a hub name (``mistralai/Mistral-7B-v0.1``).
+    """A model's folder or GGUF file: ``source`` itself, or the local copy of a hub name (``mistralai/Mistral-7B-v0.1``).
 
     A hub name is fetched (safetensors, JSON, tokenizer and licence files only) or found in the hub's cache.
 
@@ -28,7 +28,7 @@ def resolve_source(source: str | Path) -> Path:
         CheckpointError: there is no such folder, and no such name on the hub or no way to reach it.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf"):
         return folder
     if folder.exists():
         raise CheckpointError(f"{source} is a file; expected the folder of a model, or a hub name")

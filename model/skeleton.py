@@ -29,7 +29,18 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     )
 }
 # what the values of a hostile config.json make transformers raise
-UNFIT = (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError, ArithmeticError)
+UNFIT = (
+    StrictDataclassError,
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+)
+# transformers makes a name for each of them
+_MOST_LABELS = 1 << 20
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -54,6 +65,7 @@ def empty_model(
             f"{where}: expected model_type 'mistral', got {config.get('model_type')!r}; other models load "
             "through transformers, after `import brise.model.hf`"
         )
+    check_labels(config, where)
     names = config.get("architectures") or ["MistralForCausalLM"]
     if not isinstance(names, list) or len(names) != 1 or names[0] not in CLASSES:
         raise CheckpointError(
@@ -71,6 +83,13 @@ def empty_model(
         raise CheckpointError(f"{where} describes no model that can be built: {error}") from error
     model.tie_weights()
     return model
+
+
+def check_labels(config: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError for more labels than any model has: transformers would make a name for each."""
+    count = config.get("num_labels")
+    if isinstance(count, int) and count > _MOST_LABELS:
+        raise CheckpointError(f"{where}: num_labels is {count}, expected at most {_MOST_LABELS}")
 
 
 def check_tensors(

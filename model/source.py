@@ -62,11 +62,17 @@ class Source(Protocol):
 def open_source(folder: str | Path) -> Source:
     """The source in a folder: Hugging Face's safetensors, in float8 too, or Mistral's own consolidated ones.
 
+    What another library quantized, or a GGUF file, is decoded as it is read.
+
     Raises:
         CheckpointError: it is none of them, or damaged.
     """
     from .consolidated import ConsolidatedSource, is_consolidated
+    from .foreign.decoded import open_decoded
+    from .foreign.reader import is_foreign
 
+    if is_foreign(Path(folder)):
+        return open_decoded(Path(folder))
     if is_consolidated(Path(folder)):
         return ConsolidatedSource(folder)
     reader = CheckpointReader(folder)

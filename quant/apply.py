@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .algorithms import ALGORITHMS
 from .config import ConfigError, QuantConfig, QuantSpec, Rule
+from .formats import FORMATS, IMPORTED
 from .linear import QuantEmbedding, QuantLinear
 from .tensor import QuantizedTensor, Shape, groups_per_row
 
@@ -127,6 +128,8 @@ def _apply_rule(rule: Rule | None, target: Target) -> tuple[QuantSpec | None, st
             f"{target.path} is an embedding: it has no input activations, so {rule.spec.algorithm} with scale "
             f"{rule.spec.scale} cannot be used; give it a rule of its own with algorithm rtn"
         )
+    if rule.spec.format in IMPORTED:
+        raise ConfigError(f"{rule.spec.format} is read from other libraries' files; choose one of {', '.join(FORMATS)}")
     try:
         groups_per_row(rule.spec, target.shape)
     except ConfigError as error:

@@ -57,9 +57,9 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         from .algorithms import ALGORITHMS
-        from .formats import FORMATS
+        from .formats import FORMATS, IMPORTED
 
-        fmt = _lookup(FORMATS, self.format, "format")
+        fmt = _lookup({**FORMATS, **IMPORTED}, self.format, "format")
         algorithm = _lookup(ALGORITHMS, self.algorithm, "algorithm")
         for name in ("symmetric", "double_quant"):
             if not isinstance(getattr(self, name), bool):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .formats import FORMATS
+from .minimum import MinimumFormat
 from .packing import unpack_codes
 from .workers import Workers
 
@@ -52,7 +53,7 @@ def _decode_into(out: Tensor, packed: Tensor, params: Params, spec: QuantSpec) -
     groups = params.scale.shape[1]
     pairs = None
     step = max(1, _CHUNK // max(1, width))
-    if fmt.bits == 4 and params.g_idx is None and width % 2 == 0:
+    if fmt.bits == 4 and params.g_idx is None and width % 2 == 0 and not isinstance(fmt, MinimumFormat):
         pairs = _pairs(spec.format, spec.symmetric, packed.device)
         # one memory for all chunks: fresh pages would cost as much as the decoding
         index = torch.empty(min(step, rows) * width // 2, dtype=torch.int32, device=packed.device)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from .integer import INTEGERS
+from .minimum import INT4_MIN
 from .nf4 import FP4, NF4
 
 if TYPE_CHECKING:
@@ -72,4 +73,15 @@ class Grid(Protocol):
 
 
 _ALL: tuple[Format, ...] = (NF4, FP4, *INTEGERS)
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _ALL}
+# read from other libraries' files and written back, but not to be chosen
+IMPORTED: dict[str, Format] = {INT4_MIN.name: INT4_MIN}
+
+
+class _Formats(dict[str, Format]):
+    """The formats to choose from; those that are only imported are found by name, and not listed."""
+
+    def __missing__(self, name: str) -> Format:
+        return IMPORTED[name]
+
+
+FORMATS: dict[str, Format] = _Formats({fmt.name: fmt for fmt in _ALL})

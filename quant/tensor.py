@@ -8,6 +8,7 @@ scales             spec.scale_dtype         [N, G]; uint8 codes with double quan
 scales_absmax      float32                  [ceil(N*G/256)], double quantization only
 scales_offset      float32                  [1], double quantization only
 zeros              uint8                    [N, ceil(G*b/8)], asymmetric integers only
+minimums           spec.scale_dtype         [N, G], formats with a minimum (:mod:`.minimum`) only
 g_idx              int32                    [K], the group of each input channel; only where it is not k // g
 =================  =======================  ==================================================================
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 from .config import ConfigError, QuantSpec
 from .double_quant import BLOCK, dequantize_scales, quantize_scales
 from .formats import FORMATS
+from .minimum import MinimumFormat
 from .packing import pack_codes, packed_width, unpack_codes
 
 Shape = tuple[int, int]
@@ -29,7 +31,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Params:
-    """What decodes codes [N, K]: scale fp32 [N, G], zero uint8 [N, G] or None, g_idx int32 [K] or None."""
+    """What decodes codes [N, K]: scale fp32 [N, G], zero uint8 (or a minimum, fp32) [N, G] or None, g_idx int32 [K] or None."""
 
     scale: Tensor
     zero: Tensor | None = None
@@ -82,7 +84,9 @@ def layout(spec: QuantSpec, shape: Shape) -> dict[str, tuple[torch.dtype, tuple[
         out["scales_offset"] = (torch.float32, (1,))
     else:
         out["scales"] = (getattr(torch, spec.scale_dtype), (rows, groups))
-    if not spec.symmetric:
+    if isinstance(FORMATS[spec.format], MinimumFormat):
+        out["minimums"] = (getattr(torch, spec.scale_dtype), (rows, groups))
+    elif not spec.symmetric:
         out["zeros"] = (torch.uint8, (rows, packed_width(groups, bits)))
     if getattr(spec.options, "permutes_groups", False) and groups > 1:
         out["g_idx"] = (torch.int32, (width,))
@@ -139,7 +143,10 @@ class QuantizedTensor:
         """Pack codes uint8 [N, K] and their exact (not yet stored) parameters."""
         bits = FORMATS[spec.format].bits
         tensors = {"qweight": pack_codes(codes, bits), **store_scales(params.scale, spec)}
-        if params.zero is not None:
+        if isinstance(FORMATS[spec.format], MinimumFormat):
+            assert params.zero is not None
+            tensors["minimums"] = params.zero.to(getattr(torch, spec.scale_dtype))
+        elif params.zero is not None:
             tensors["zeros"] = pack_codes(params.zero, bits)
         if params.g_idx is not None:
             tensors["g_idx"] = params.g_idx.to(torch.int32)
@@ -157,6 +164,8 @@ class QuantizedTensor:
         """Scales and zero points of rows ``start`` to ``stop`` as a reader sees them, after storage rounded them."""
         rows = slice(start, stop)
         zero = None
+        if "minimums" in self.tensors:
+            zero = self.tensors["minimums"][rows].to(torch.float32)
         if "zeros" in self.tensors:
             groups = self.tensors["scales"].shape[1]
             zero = unpack_codes(self.tensors["zeros"][rows], FORMATS[self.spec.format].bits, groups)

@@ -80,7 +80,11 @@ def describe(spec: QuantSpec | None) -> str:
 
 def loading(loads: tuple[tuple[str, str], ...], name: str) -> str:
     """How to load the folder in each tool."""
-    return "\n\n".join(f"{tool}:\n\n```python\n{code.replace('FOLDER', name)}\n```" for tool, code in loads)
+    parts = []
+    for tool, code in loads:
+        language = "sh" if tool == "llama.cpp" else "python"
+        parts.append(f"{tool}:\n\n```{language}\n{code.replace('FOLDER', name)}\n```")
+    return "\n\n".join(parts)
 
 
 def licence_text(licence: Any, files: list[str], base: Any) -> str:

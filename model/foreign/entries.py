@@ -121,7 +121,7 @@ def compressed_tensors(written: Written) -> dict[str, Any]:
             "strategy": "channel" if spec.group_size is None else "group",
             "group_size": spec.group_size,
             "dynamic": False,
-            "actorder": "group" if permutes(spec) and spec.group_size is not None else None,
+            "actorder": None,
         }
         kinds.setdefault(str(weights), (weights, []))[1].append(path)
     groups = {

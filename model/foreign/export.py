@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -69,7 +70,18 @@ def export_checkpoint(
     if announce is not None:
         announce(plan)
     check_allowed(plan, requantize)
-    writer = row.weight(dtype)
+    card = model_card(reader, row, plan, out.name, base_model=base_model, figures=figures)
+    if row.kind == "brise":
+        _write_ours(reader, plan, out, overwrite, max_shard_bytes, card, progress)
+        return plan
+    if row.kind is not None:
+        from .gguf_writer import write_gguf
+
+        write_gguf(
+            reader, plan, out, row.kind, dtype, overwrite=overwrite, files={CARD: card}, progress=progress
+        )
+        return plan
+    writer: WeightWriter = row.weight(dtype)
     specs = {s.path: s.target for s in plan.steps if s.target is not None}
     if not specs:
         raise CheckpointError(f"{source} has no weight that {row.title} could hold")
@@ -89,13 +101,37 @@ def export_checkpoint(
                 progress(step.path, done, total)
         entry = row.entry(Written(specs, linears_kept(reader, set(specs)), dtype))
         config = {k: v for k, v in reader.config.items() if k != "quantization_config"}
-        extra = {CARD: model_card(reader, row, plan, out.name, base_model=base_model, figures=figures)}
+        extra = {CARD: card, **_tokenizer_files(reader)}
         if entry["quant_method"] == "gptq":  # what gptqmodel looks for first
             extra["quantize_config.json"] = json.dumps(entry, indent=2) + "\n"
-        folder.finish({**config, "quantization_config": entry}, _companions(reader), extra)
+        source_folder = reader.folder if reader.folder.is_dir() else None
+        folder.finish({**config, "quantization_config": entry}, source_folder, extra)
     if progress is not None:
         progress("config", total, total)
     return plan
+
+
+def _write_ours(
+    reader: CheckpointReader,
+    plan: Plan,
+    out: Path,
+    overwrite: bool,
+    max_shard_bytes: int,
+    card: str,
+    progress: Progress | None,
+) -> None:
+    """A folder of ours: what a reader shows is what goes to disk."""
+    if plan.of(Verdict.REQUANTIZED):
+        raise CheckpointError(
+            f"{reader.folder} has weights that are not quantized: brise quantize makes those"
+        )
+    with CheckpointWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as folder:
+        for done, name in enumerate(reader.names, 1):
+            folder.add(name, reader.tensor(name))
+            if progress is not None:
+                progress(name, done, len(reader.names))
+        source_folder = reader.folder if reader.folder.is_dir() else None
+        folder.finish(reader.config, source_folder, {CARD: card, **_tokenizer_files(reader)})
 
 
 def check_allowed(plan: Plan, requantize: bool) -> None:
@@ -156,5 +192,12 @@ def _converted(
         raise CheckpointError(f"{step.path}: {error}, even when it is quantized anew") from error
 
 
-def _companions(reader: CheckpointReader) -> Path | None:
-    return reader.folder if reader.folder.is_dir() else None
+def _tokenizer_files(reader: CheckpointReader) -> dict[str, str]:
+    """Tokenizer and generation config of a GGUF file, by file name; a folder's own files are copied instead."""
+    from .gguf_reader import GGUFCheckpoint, write_tokenizer
+
+    if not isinstance(reader, GGUFCheckpoint):
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(reader, Path(folder))
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}

@@ -95,6 +95,8 @@ def find_gptq(reader: CheckpointReader, entry: Entry, where: str) -> dict[str, S
         refuse(where, "pack_dtype", entry["pack_dtype"], "int32")
     bits, group = integer(entry, "bits", where), integer(entry, "group_size", where, -1)
     mixed = bool(entry.get("dynamic"))
+    if bits not in gptq.BITS:
+        refuse(where, "bits", bits, " or ".join(map(str, gptq.BITS)))
     out = {}
     for path, names in modules(reader, "qweight").items():
         leaves = leaves_of(path, names, {"qweight", "qzeros", "scales"}, {"g_idx", "bias"}, reader)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ...quant.config import QuantSpec
 from ...quant.interop import awq, bitsandbytes, compressed_tensors, gptq
+from ...quant.interop.ggml import BLOCKS, NoBlock
 from ...quant.tensor import Params, QuantizedTensor, Shape
+from ..quantization_entry import METHOD
 from ..reader import CheckpointReader
 from . import entries, find
 from .stored import Stored
@@ -27,10 +29,15 @@ METHODS: dict[str, Finder] = {
 }
 
 
-class WeightWriter(Protocol):
-    """How one weight is written (:mod:`brise.quant.interop`)."""
+class Target(Protocol):
+    """What a format makes of a spec (:mod:`brise.quant.interop`)."""
 
     def target(self, spec: QuantSpec, shape: Shape) -> QuantSpec: ...
+
+
+class WeightWriter(Target, Protocol):
+    """How one weight is written: tensor by last name."""
+
     def write(self, q: QuantizedTensor) -> dict[str, Tensor]: ...
 
 
@@ -41,6 +48,13 @@ class Admitting(Protocol):
     def admit(self, params: Params) -> float: ...
 
 
+class AsItIs:
+    """Our own folders hold every spec."""
+
+    def target(self, spec: QuantSpec, shape: Shape) -> QuantSpec:
+        return spec
+
+
 @dataclass(frozen=True)
 class ForeignFormat:
     """One row of the table.
@@ -48,18 +62,25 @@ class ForeignFormat:
     Attributes:
         name: what ``brise export --format`` takes.
         title: for people.
-        weight: the writer of one weight, given the model's dtype by torch's name.
+        weight: given the model's dtype by torch's name, the :class:`WeightWriter` (for GGUF: the block).
         entry: ``quantization_config`` of config.json.
         fresh: the spec for a weight that has to be quantized anew; its group is made to fit.
+        kind: the type of a GGUF file; "brise" for a folder of ours; None for a folder of another library.
         loads: how to load a folder, a line a tool: (tool, code). FOLDER stands for the folder.
     """
 
     name: str
     title: str
-    weight: Callable[[str], WeightWriter]
+    weight: Callable[[str], Any]
     entry: Callable[[entries.Written], dict[str, Any]]
     fresh: QuantSpec
     loads: tuple[tuple[str, str], ...]
+    kind: str | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether no weight of it is quantized."""
+        return self.kind == "F16"
 
     def fresh_for(self, widths: Iterable[int]) -> QuantSpec:
         """:attr:`fresh` with the largest usual group that divides all ``widths``: one file, one group size."""
@@ -77,6 +98,26 @@ _TRANSFORMERS = (
 _BRISE = ("brise", 'from brise.model.checkpoint import load_model\n\nmodel = load_model("FOLDER")')
 _VLLM = ("vLLM", 'from vllm import LLM\n\nllm = LLM("FOLDER")')
 _GPTQMODEL = ("gptqmodel", 'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("FOLDER")')
+_LLAMA_CPP = ("llama.cpp", "llama-cli -m FOLDER/FOLDER-KIND.gguf")
+_BRISE_GGUF = (
+    "brise",
+    'from brise.model.checkpoint import load_model\n\nmodel = load_model("FOLDER/FOLDER-KIND.gguf")',
+)
+
+
+def _gguf(kind: str) -> ForeignFormat:
+    spec = BLOCKS[kind].spec if kind in BLOCKS else QuantSpec(format="int8")
+    loads = tuple((tool, code.replace("KIND", kind)) for tool, code in (_LLAMA_CPP, _BRISE_GGUF))
+    return ForeignFormat(
+        f"gguf-{kind.lower()}",
+        f"GGUF, {kind}",
+        lambda dtype: BLOCKS.get(kind, NoBlock()),
+        lambda written: {"quant_method": "gguf"},
+        spec,
+        loads,
+        kind,
+    )
+
 
 FORMATS: dict[str, ForeignFormat] = {
     row.name: row
@@ -129,5 +170,15 @@ FORMATS: dict[str, ForeignFormat] = {
             QuantSpec(format="int4"),
             (_TRANSFORMERS, _VLLM, _BRISE),
         ),
+        ForeignFormat(
+            "brise",
+            "brise",
+            lambda dtype: AsItIs(),
+            lambda written: {"quant_method": METHOD},
+            QuantSpec(format="int4"),
+            (_BRISE,),
+            "brise",
+        ),
+        *(_gguf(kind) for kind in ("Q4_0", "Q4_1", "Q8_0", "F16")),
     )
 }

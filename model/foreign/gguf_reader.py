@@ -12,8 +12,10 @@ from torch import Tensor
 from ...quant.interop.ggml import BLOCKS
 from ...quant.tensor import QuantizedTensor, layout
 from ..gguf import GGUFError, GGUFTensor, dequantize_tensor, in_order, open_gguf, plan_tensors, read_config
+from ..gguf_tokenizer import save_tokenizer
 from ..reader import CheckpointReader
 from ..safetensors_header import CheckpointError
+from ..skeleton import UNFIT
 from .reader import entry_of_specs
 
 _PLAIN = ("F32", "F16", "BF16")
@@ -40,8 +42,11 @@ class GGUFCheckpoint(CheckpointReader):
             self.gguf = open_gguf(path)
             known = read_config(self.gguf)
             self._plan = plan_tensors(self.gguf, known)
+            self.config = _config(known)
         except GGUFError as error:
             raise CheckpointError(f"{path}: {error}") from error
+        except UNFIT as error:  # values of the wrong kind under the right keys
+            raise CheckpointError(f"{path}: its keys make no model: {type(error).__name__}: {error}") from error
         self._tensors = {tensor.name: tensor for tensor in self.gguf.tensors}
         self._specs = {}
         self.decoded: list[str] = []
@@ -61,13 +66,13 @@ class GGUFCheckpoint(CheckpointReader):
             for leaf, shown in layout(spec, (planned.shape[0], planned.shape[1])).items():
                 self._shown[f"{name.removesuffix('.weight')}.{leaf}"] = shown
         self.names = sorted(self._shown)
-        self.config = _config(known)
         specs = dict(self._specs)
         if known["tie_word_embeddings"] and "model.embed_tokens" in specs:
             specs["lm_head"] = specs["model.embed_tokens"]
         if specs:
             self.config["quantization_config"] = entry_of_specs(specs)
         self._last: tuple[str, QuantizedTensor] | None = None
+        self._identity = self.identity()
 
     def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         if name not in self._shown:
@@ -94,6 +99,20 @@ class GGUFCheckpoint(CheckpointReader):
             self._last = (path, self._read(path, self._plan[f"{path}.weight"]))
         return self._last[1].tensors[leaf]
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.tensor(name)[start:stop]
+
+    def prefetch(self, name: str) -> None:
+        """The file is mapped: pages are read as they are touched."""
+
+    def identity(self) -> dict[str, Any]:
+        status = self.folder.stat()
+        return {self.folder.name: [status.st_size, status.st_mtime_ns]}
+
+    def check_unchanged(self) -> None:
+        if self.identity() != self._identity:
+            raise CheckpointError(f"{self.folder} was changed while it was read")
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.names:
             yield name, self.tensor(name)
@@ -105,6 +124,22 @@ class GGUFCheckpoint(CheckpointReader):
             blocks = in_order(blocks, planned.heads)
         shape = (planned.shape[0], planned.shape[1])
         return BLOCKS[stored.tensor_type.name].read(blocks, self._specs[path], shape)
+
+
+def write_tokenizer(reader: GGUFCheckpoint, folder: Path) -> None:
+    """The tokenizer of a file as tokenizer.json and tokenizer_config.json; nothing where the file has none."""
+    kind = reader.gguf.fields.get("tokenizer.ggml.model")
+    if kind is None or kind.contents() == "no_vocab":
+        return
+    try:
+        save_tokenizer(
+            reader.gguf,
+            folder,
+            vocab_size=reader.config["vocab_size"],
+            max_length=reader.config["max_position_embeddings"],
+        )
+    except GGUFError as error:
+        raise CheckpointError(f"{reader.folder}: {error}") from error
 
 
 def _config(known: dict[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from ...quant.config import QuantSpec
+from ...quant.formats import FORMATS
+from ...quant.integer import IntegerFormat
 from ...quant.interop.restate import Unfit, check_restate
-from ...quant.tensor import Shape
+from ...quant.tensor import QuantizedTensor, Shape
 from ..reader import CheckpointReader
-from .formats import Admitting, ForeignFormat, WeightWriter
-from .reader import ForeignReader, quantized, specs_of
+from .formats import Admitting, ForeignFormat, Target
+from .reader import quantized, specs_of
 
 
 class Verdict(StrEnum):
@@ -107,9 +109,14 @@ def make_plan(reader: CheckpointReader, format: ForeignFormat, dtype: str) -> Pl
     writer = format.weight(dtype)
     specs = {path: spec for path, spec in specs_of(reader).items() if f"{path}.qweight" in reader.names}
     steps = [_step(reader, format, writer, path, spec, dtype) for path, spec in specs.items()]
-    decoded = reader.decoded if isinstance(reader, ForeignReader) else []
-    for path in _dense(reader, decoded if specs or decoded else None):
+    decoded: list[str] = getattr(reader, "decoded", [])
+    for path in _dense(reader, decoded if specs or decoded else None, format):
         rows, width = reader.info(f"{path}.weight")[1]
+        if format.decodes:
+            stored = str(reader.info(f"{path}.weight")[0]).removeprefix("torch.")
+            rounding = 0.0 if stored == "float16" else half_step("float16")
+            steps.append(Step(path, (rows, width), Verdict.DECODED, None, None, rounding))
+            continue
         why = "its blocks have no spec here" if path in decoded else "it is not quantized"
         steps.append(Step(path, (rows, width), Verdict.REQUANTIZED, None, None, 0.0, why))
     fresh = format.fresh_for({s.shape[1] for s in steps if s.verdict == Verdict.REQUANTIZED})
@@ -122,18 +129,18 @@ def make_plan(reader: CheckpointReader, format: ForeignFormat, dtype: str) -> Pl
 def _step(
     reader: CheckpointReader,
     format: ForeignFormat,
-    writer: WeightWriter,
+    writer: Target,
     path: str,
     spec: QuantSpec,
     dtype: str,
 ) -> Step:
     q = quantized(reader, path, spec)
-    if not in_block(path):
-        rounding = 0.0 if dtype == "float32" else torch.finfo(getattr(torch, dtype)).eps / 2
-        why = f"{format.title} holds no quantized embedding or head"
+    if format.decodes or (format.kind is None and not in_block(path)):
+        rounding = half_step("float16" if format.decodes else dtype)
+        why = "" if format.decodes else f"{format.title} holds no quantized embedding or head"
         return Step(path, q.shape, Verdict.DECODED, spec, None, rounding, why)
     try:
-        target = writer.target(spec, q.shape)
+        target = writer.target(symmetric_if_it_is(q), q.shape)
         how = check_restate(q, target)
         rounding = how.rounding
         if isinstance(writer, Admitting):
@@ -144,12 +151,29 @@ def _step(
     return Step(path, q.shape, verdict, spec, target, rounding)
 
 
-def _dense(reader: CheckpointReader, only: list[str] | None) -> list[str]:
-    """The Linears of the blocks whose weights are not quantized; of a quantized source only those named."""
-    if only is not None:
+def symmetric_if_it_is(q: QuantizedTensor) -> QuantSpec:
+    """The spec of ``q``, symmetric where all of its zero points are the middle code, as those of AWQ often are."""
+    zero, fmt = q.params().zero, FORMATS[q.spec.format]
+    if zero is None or not isinstance(fmt, IntegerFormat) or not bool((zero == fmt.middle).all()):
+        return q.spec
+    return dataclasses.replace(q.spec, symmetric=True)
+
+
+def half_step(dtype: str) -> float:
+    """The largest relative change that rounding an fp32 number to a dtype makes, away from its ends."""
+    return 0.0 if dtype == "float32" else torch.finfo(getattr(torch, dtype)).eps / 2
+
+
+def _dense(reader: CheckpointReader, only: list[str] | None, format: ForeignFormat) -> list[str]:
+    """The matrices whose weights are not quantized and that the plan is about.
+
+    For a file without quantized weights that is all of them. Else the Linears of the blocks; of a source that is
+    quantized in part, only those that were decoded while it was read.
+    """
+    if only is not None and not format.decodes:
         return [path for path in only if in_block(path)]
     return [
         name.removesuffix(".weight")
         for name in reader.names
-        if name.endswith(".weight") and in_block(name) and len(reader.info(name)[1]) == 2
+        if name.endswith(".weight") and (format.decodes or in_block(name)) and len(reader.info(name)[1]) == 2
     ]

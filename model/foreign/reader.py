@@ -12,7 +12,7 @@ from torch import Tensor
 from ...quant.config import QuantConfig, QuantSpec, Rule
 from ...quant.tensor import QuantizedTensor, layout
 from ..quantization_entry import METHOD, quantization_entry, read_entry
-from ..reader import CheckpointReader, read_json
+from ..reader import INDEX, SINGLE, CheckpointReader, inside, read_json
 from ..safetensors_header import CheckpointError
 from .formats import METHODS
 from .stored import Stored
@@ -83,6 +83,16 @@ class ForeignReader(CheckpointReader):
             return self._translated(path)[name.removeprefix(f"{path}.")]
         return super().tensor(name)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.tensor(name)[start:stop] if name in self._shown else super().rows(name, start, stop)
+
+    def prefetch(self, name: str) -> None:
+        if name in self._shown:
+            for theirs in self.stored[self._shown[name][0]].tensors.values():
+                super().prefetch(theirs)
+        else:
+            super().prefetch(name)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.names:
             yield name, self.tensor(name)
@@ -115,10 +125,34 @@ def open_checkpoint(source: Path) -> CheckpointReader:
         return GGUFCheckpoint(source)
     if not source.is_dir():
         raise CheckpointError(f"there is no folder {source}")
+    files = sorted(source.glob("*.gguf"))
+    if len(files) == 1 and not any((source / name).exists() for name in (SINGLE, INDEX)):
+        return open_checkpoint(inside(source, files[0].name))
     config = read_json(source, "config.json")
     if foreign_entry(source, config) is None:
         return CheckpointReader(source)
     return ForeignReader(source)
+
+
+def config_of(source: Path) -> dict[str, Any]:
+    """What config.json says, or would say of a GGUF file; another library's quantization as that library wrote it."""
+    if source.is_file():
+        return open_checkpoint(source).config
+    return read_json(source, "config.json")
+
+
+def is_foreign(source: Path) -> bool:
+    """Whether :func:`open_checkpoint` would translate: a GGUF file, or a folder that another library quantized.
+
+    Not so for float8 weights, which are no integers with a grid (:class:`brise.model.source.Float8Source`).
+    """
+    if source.is_file():
+        return source.suffix == ".gguf"
+    if not (source / "config.json").exists():
+        return False
+    entry = foreign_entry(source, read_json(source, "config.json"))
+    known = entry is not None and entry.get("quant_method") in METHODS
+    return known and entry is not None and entry.get("format") not in ("float-quantized", "naive-quantized")
 
 
 def foreign_entry(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -40,10 +40,12 @@ class PackedWeight:
         """The spec under which a weight of ``spec`` is stored here; 2 and 3 bits in codes of 4, which loaders know.
 
         Raises:
-            Unfit: no integers.
+            Unfit: no integers, or permuted groups: version 0.20 loads such weights without a word, and wrongly.
         """
         if not spec.format.startswith("int") or spec.format not in ("int2", "int3", "int4", "int8"):
             raise Unfit(f"pack-quantized holds integers, not {spec.format}")
+        if permutes(spec) and groups_per_row(spec, shape) > 1:
+            raise Unfit("its groups are no neighbouring channels, and compressed-tensors no longer reads a g_idx")
         wide = "int8" if spec.format == "int8" else "int4"
         return dataclasses.replace(spec, format=wide, scale_dtype=self.scale_dtype, double_quant=False)
 

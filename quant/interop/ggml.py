@@ -55,12 +55,11 @@ class BlockWeight:
             raise Unfit(f"{shape[1]} input channels are no multiple of {self.name}'s block of {BLOCK}")
         if getattr(spec.options, "permutes_groups", False) and spec.group_size not in (None, shape[1]):
             raise Unfit("its groups are no neighbouring channels (act-order with a g_idx)")
+        if self.format == "int4_min":
+            return self.spec
         return dataclasses.replace(
-            self.spec, algorithm=spec.algorithm, options=spec.options, scale=self._scale_rule(spec)
+            self.spec, algorithm=spec.algorithm, options=spec.options, scale=spec.scale
         )
-
-    def _scale_rule(self, spec: QuantSpec) -> str:
-        return "absmax" if self.format == "int4_min" and spec.scale == "absmax_narrow" else spec.scale
 
     def write(self, q: QuantizedTensor) -> Tensor:
         """Rows of blocks, uint8 [N, K/32 * bytes], of a weight whose spec is what :meth:`target` gave."""
@@ -98,6 +97,14 @@ class BlockWeight:
         codes = codes ^ 0x80 if self.format == "int8" else torch.cat([codes & 15, codes >> 4], dim=-1)
         out["qweight"] = pack_codes(codes.flatten(1), FORMATS[self.format].bits)
         return QuantizedTensor(spec, shape, out)
+
+
+class NoBlock:
+    """A file whose weights are not quantized."""
+
+    def target(self, spec: QuantSpec, shape: Shape) -> QuantSpec:
+        """Raise Unfit: everything is decoded."""
+        raise Unfit("the file holds no quantized weights")
 
 
 def _halves(values: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ..config import QuantSpec
 from ..formats import FORMATS
 from ..gptq import GPTQOptions
 from ..packing import pack_codes, packed_width, unpack_codes
-from ..tensor import Params, QuantizedTensor, Shape, groups_per_row
+from ..tensor import QuantizedTensor, Shape, groups_per_row
 from .restate import Unfit
 from .words import to_bytes, to_words
 
@@ -48,25 +48,27 @@ class GPTQWeight:
         for what, size in (("output", shape[0]), ("input", shape[1])):
             if size * bits % 32:
                 raise Unfit(f"{size} {what} channels of {bits} bits do not fill words of 32")
+        if self.version == 1 and not spec.symmetric:
+            # gptqmodel takes such a file only where it says that gptqmodel itself wrote it
+            raise Unfit("loaders of GPTQ version 1 take no zero points from others; gptq_v2 holds them")
         return dataclasses.replace(spec, scale_dtype="float16", double_quant=False)
 
-    def admit(self, params: Params) -> float:
-        """Raise Unfit for a zero point of 0 in version 1, where zero minus one would wrap; 0.0: no more rounding."""
-        if self.version == 1 and params.zero is not None and not bool(params.zero.all()):
-            raise Unfit(
-                "it has zero points of 0, which GPTQ version 1 (zero minus one) cannot store; gptq_v2 can"
-            )
-        return 0.0
-
     def write(self, q: QuantizedTensor) -> dict[str, Tensor]:
-        """Tensor by last name of a weight whose spec is what :meth:`target` gave; Unfit as :meth:`admit`."""
-        self.admit(q.params())
+        """Tensor by last name of a weight whose spec is what :meth:`target` gave.
+
+        Raises:
+            Unfit: a zero point of 0, which wraps in version 1 and spoils its neighbours.
+        """
         bits = FORMATS[q.spec.format].bits
         groups = groups_per_row(q.spec, q.shape)
         zero = q.params().zero
         if zero is None:
             zero = torch.full((q.shape[0], groups), 1 << (bits - 1), dtype=torch.uint8)
         if self.version == 1:
+            if not bool(zero.all()):
+                raise Unfit(
+                    "it has zero points of 0, which GPTQ version 1 (zero minus one) cannot store; gptq_v2 can"
+                )
             zero = zero - 1
         g_idx = q.tensors.get("g_idx")
         if g_idx is None:

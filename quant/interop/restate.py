@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import QuantSpec
 from ..formats import FORMATS
 from ..integer import IntegerFormat
+from ..minimum import MinimumFormat
 from ..packing import pack_codes, unpack_codes
 from ..tensor import Params, QuantizedTensor, Shape, groups_per_row, load_scales, store_scales
 
@@ -45,6 +46,8 @@ def check_restate(q: QuantizedTensor, target: QuantSpec) -> Restated:
         Unfit: the grid of the target does not hold these values, or a scale overflows its dtype.
     """
     params = _regroup(q.params(), q.spec, target, q.shape)
+    if isinstance(FORMATS[target.format], MinimumFormat) and target.format != q.spec.format:
+        return _with_minimum(q, params, target)
     zero, shift = _move(params.zero, q.spec, target, params.scale)
     try:
         stored = load_scales(store_scales(params.scale, target), target)
@@ -70,7 +73,10 @@ def restate(q: QuantizedTensor, target: QuantSpec) -> QuantizedTensor:
         tensors["qweight"] = q.tensors["qweight"]
     else:
         tensors["qweight"] = pack_codes(_shifted(q, how), bits)
-    if how.params.zero is not None:
+    if isinstance(FORMATS[target.format], MinimumFormat):
+        assert how.params.zero is not None
+        tensors["minimums"] = how.params.zero.to(getattr(torch, target.scale_dtype))
+    elif how.params.zero is not None:
         tensors["zeros"] = pack_codes(how.params.zero, bits)
     if how.params.g_idx is not None:
         tensors["g_idx"] = how.params.g_idx
@@ -81,6 +87,20 @@ def relative_change(before: Tensor, after: Tensor) -> float:
     """The largest ``|after - before| / |before|``; a zero that stays zero is no change."""
     change = (after - before).abs() / before.abs()
     return float(change.nan_to_num_(nan=0.0).max()) if change.numel() else 0.0
+
+
+def _with_minimum(q: QuantizedTensor, params: Params, target: QuantSpec) -> Restated:
+    """``scale * (code - zero)`` as ``scale * code + minimum``: the product of scale and zero point is rounded."""
+    fmt = FORMATS[q.spec.format]
+    if not isinstance(fmt, IntegerFormat) or fmt.bits > FORMATS[target.format].bits:
+        raise Unfit(f"{q.spec.format} values lie on another grid than {target.format}'s")
+    dtype = getattr(torch, target.scale_dtype)
+    minimum = -params.scale * (fmt.middle if params.zero is None else params.zero)
+    scale, stored = params.scale.to(dtype).float(), minimum.to(dtype).float()
+    if not bool(scale.isfinite().all() and stored.isfinite().all()):
+        raise Unfit(f"a scale or minimum does not fit {target.scale_dtype}")
+    rounding = max(relative_change(params.scale, scale), relative_change(minimum, stored))
+    return Restated(Params(params.scale, minimum), None, rounding)
 
 
 def _same_scales(spec: QuantSpec, target: QuantSpec, shape: Shape) -> bool:
