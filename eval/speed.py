@@ -33,7 +33,7 @@ class SpeedProtocol:
     new_tokens: int = 8
     batch: int = 1
     warmup: int = 1
-    repeats: int = 5
+    repeats: int = 3
 
     def __post_init__(self) -> None:
         for name in ("prompt", "new_tokens", "batch", "repeats"):
