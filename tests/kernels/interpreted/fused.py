@@ -92,6 +92,7 @@ def check_odd_codes():
     for name in ("keys", "values"):
         back = (ring[name].float() * ring[name[:-1] + "_scales"][..., None])[0]
         assert not back[:, 0].any() and not back[0, 1].any() and bool(back[1, 1].all())
+        assert not ring[name[:-1] + "_scales"][0, 0, 1], "whose reciprocal is no number counts as zero"
         assert bool(back[0, 2].isnan().all()) and not bool(back[1, 3].isfinite().all())
         assert bool(back[1, 2].isfinite().all() and back[:, 4].isfinite().all())
 
@@ -123,7 +124,7 @@ if __name__ == "__main__":
         check_rope(torch.tensor([-1, 15], dtype=torch.int32), 3, 4, 2, 16, 16, dtype, int8)
         # more tokens than slots; padding on the left; out of order
         check_rope(torch.tensor([2]), 11, 3, 3, 16, 5, dtype, int8)
-        each = torch.tensor([[-1, -1, 0, 1, 2, 3, 4, 5], [9, 8, 30, 31, 32, 33, 10, 7]])
+        each = torch.tensor([[-1, -1, 0, 1, 2, 3, 4, 5], [9, 8, 30, 31, 32, 33, 26, 7]])
         check_rope(each, 8, 2, 1, 40, 7, dtype, int8)
     check_norm(2, 40, torch.float16, weight_dtype=torch.float32)
     check_norm(0, 40, torch.float16)
