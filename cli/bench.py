@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .bench_decode import EPILOG as DECODE_EPILOG
+from .bench_decode import decode
 from .session import Debug, Json, session_of
 from .sources import fetched
 
@@ -142,6 +144,9 @@ def gpu(
     if run.wrong:
         session.note(f"brise: {run.wrong} cases are wrong, see {files[0]}")
         raise typer.Exit(1)
+
+
+bench.command(epilog=DECODE_EPILOG)(decode)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -1,134 +1,217 @@
-"""``brise generate``: text from a checkpoint, as it comes."""
+"""``brise generate``: text from a checkpoint, as it comes; or a file of prompts into a file of texts."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Device, Dtype, torch_dtype
-from .session import Debug, Json, session_of
-from .sources import SRC_HELP, resolve
+from .chat import EPILOG as CHAT_EPILOG
+from .chat import chat as chat_
+from .decoding import (
+    Drafts,
+    Int8Cache,
+    MinP,
+    Penalty,
+    Seed,
+    Speculate,
+    Stop,
+    Temperature,
+    Tokens,
+    TopK,
+    TopP,
+    generator_of,
+    sampling_of,
+    tokenizer_of,
+)
+from .options import Device, DtypeOption
+from .session import Debug, Json, Session, session_of
+from .sources import SRC_HELP
+
+if TYPE_CHECKING:
+    from ..model.batch_file import Defaults
+    from ..model.generate import Generator, Request
 
 EPILOG = """
 [bold]brise generate build/nf4 --prompt "The capital of France is"[/bold]
 
 [bold]brise generate build/nf4 --chat --prompt "Why is the sky blue?" --temperature 0.7[/bold]
+
+[bold]brise generate build/nf4 --input prompts.jsonl --output out.jsonl --batch-size 8[/bold]
 """
-
-
-class Streamer:
-    """Prints tokens as transformers' ``generate`` hands them over, whole characters only.
-
-    A token may end in the middle of a UTF-8 character, and may be decoded in another way when it is alone: so
-    all of the text is decoded each time, and what is new of it is printed once its last character is whole.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], None]) -> None:
-        self.ids: list[int] = []
-        self.text = ""
-        self._decode = decode
-        self._write = write
-        self._prompt_seen = False
-
-    def put(self, value: Any) -> None:
-        """Token ids int64 [1, T] (the prompt, once) or [1]."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        self.ids += value.flatten().tolist()
-        text = self._decode(self.ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._print(text)
-
-    def end(self) -> None:
-        self._print(self._decode(self.ids))
-
-    def _print(self, text: str) -> None:
-        self._write(text[len(self.text) :])
-        self.text = text
 
 
 def generate(
     ctx: typer.Context,
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help=SRC_HELP)],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to continue.")] = None,
+    max_new_tokens: Tokens = 128,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
     ] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample from this share of probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="Of the computation; the default is the checkpoint's own.")
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    input_: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help='JSON lines with a "prompt" or "messages" each, and options of their own if need be.',
+        ),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="For --input: JSON lines in the same order."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="For --input: prompts at once.")] = 8,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option("--batch-invariant", help="Give each prompt, to the bit, what it gives alone; slower."),
+    ] = False,
+    speculate: Speculate = None,
+    drafts: Drafts = 5,
+    int8_cache: Int8Cache = False,
+    dtype: DtypeOption = None,
     device: Device = "cpu",
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a prompt, and print the text as it comes."""
+    """Continue a prompt, and print the text as it comes; or continue a file of prompts.
+
+    With --input a run that was killed is taken up again by repeating it: nothing is lost, nothing done twice.
+    """
     session = session_of(ctx)
-    folder = resolve(checkpoint, session)
+    if (prompt is None) == (input_ is None):
+        raise ValueError("give either --prompt or --input")
+    if (input_ is None) != (output is None):
+        raise ValueError("--input and --output go together")
 
-    import torch
+    from ..model.batch_file import Defaults
 
-    from ..model.checkpoint import load_model, load_tokenizer
+    sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    tokenizer = tokenizer_of(checkpoint, session, chat)
+    defaults = Defaults(max_new_tokens, sampling, tuple(stop or ()), chat)
+    request = None if prompt is None else _request(tokenizer, prompt, defaults)
+    generator = generator_of(
+        checkpoint,
+        tokenizer,
+        session,
+        dtype=dtype,
+        device=device,
+        speculate=speculate,
+        drafts=drafts,
+        batch_size=1 if input_ is None else batch_size,
+        batch_invariant=batch_invariant,
+        int8_cache=int8_cache,
+    )
+    if request is not None:
+        assert prompt is not None, "a request is made of a prompt"
+        _one(session, generator, prompt, request)
+        return
+    assert input_ is not None and output is not None, "checked above"
+    identity = {
+        "model": checkpoint,
+        "dtype": str(generator.model.dtype),
+        "int8_cache": int8_cache,
+        "batch_invariant": batch_invariant,
+    }
+    _file(session, generator, input_, output, defaults, identity, overwrite)
 
-    # transformers types what these two take and give by every modality and mixin there is
-    tokenizer: Any = load_tokenizer(folder)
-    if chat and not tokenizer.chat_template:
-        raise ValueError(f"{checkpoint} has no chat template; leave out --chat")
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+
+def _request(tokenizer: Any, prompt: str, defaults: Defaults) -> Request:
+    from ..model.generate import Request, RequestError
+    from ..model.prompts import encode_messages, encode_prompt
+
+    if defaults.chat:
+        tokens = encode_messages(tokenizer, [{"role": "user", "content": prompt}])
     else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    if encoded["input_ids"].shape[1] == 0:
-        raise ValueError("the prompt has no tokens, and the tokenizer puts none before it; give a longer one")
-    model: Any = load_model(folder, dtype=torch_dtype(dtype), device=device)
-    streamer = Streamer(
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-        lambda text: print(text, end="", flush=True),
-    )
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        if temperature
-        else {"do_sample": False}
-    )
-    torch.manual_seed(seed)
+        tokens = encode_prompt(tokenizer, prompt)
+    if not tokens:
+        raise RequestError(
+            "the prompt has no tokens, and the tokenizer puts none before it; give a longer one"
+        )
+    return Request(tokens, defaults.max_new_tokens, defaults.sampling, defaults.stop)
+
+
+def _one(session: Session, generator: Generator, prompt: str, request: Request) -> None:
+    request.check(generator.model.vocab, generator.positions)
     begin = time.perf_counter()
-    model.generate(
-        input_ids=encoded["input_ids"].to(device),
-        attention_mask=encoded["attention_mask"].to(device),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=streamer,
-        **sampling,
-    )
+    first = done = None
+    for event in generator.stream([request]):
+        first = first or time.perf_counter()
+        print(event.text, end="", flush=True)
+        done = event.completion
+    assert done is not None and first is not None, "a stream ends with a completion"
     seconds = time.perf_counter() - begin
     print()
-    count = len(streamer.ids)
+    if done.error is not None:
+        raise FloatingPointError(done.error)
+    count, acceptance = len(done.tokens), generator.counts.acceptance
+    guessed = (
+        "" if acceptance is None else f"; {acceptance:.0%} of {generator.counts.proposed} drafts were right"
+    )
     session.note(
-        f"{count} tokens in {seconds:.1f} s, reading the prompt included: {count / seconds:.1f} a second"
+        f"{count} tokens in {seconds:.1f} s, the first after {first - begin:.1f} s: {count / seconds:.1f} a second"
+        + guessed
     )
     document = {
         "prompt": prompt,
-        "text": streamer.text,
-        "prompt_tokens": encoded["input_ids"].shape[1],
+        "text": done.text,
+        "reason": done.reason,
+        "prompt_tokens": done.prompt_tokens,
         "new_tokens": count,
         "seconds": seconds,
+        "seconds_to_first_token": first - begin,
         "tokens_per_second": count / seconds,
+        "acceptance": acceptance,
     }
     # the text was printed as it came
     session.finish(document, lambda console: None)
 
 
+def _file(
+    session: Session,
+    generator: Generator,
+    source: Path,
+    target: Path,
+    defaults: Defaults,
+    identity: dict[str, Any],
+    overwrite: bool,
+) -> None:
+    from ..model.batch_file import continue_file
+
+    begin = time.perf_counter()
+    with session.progress() as bars:
+        results = continue_file(
+            generator, source, target, defaults, identity=identity, overwrite=overwrite, progress=bars
+        )
+    seconds = time.perf_counter() - begin
+    errors = sum("error" in result for result in results)
+    document = {
+        "output": str(target),
+        "prompts": len(results),
+        "errors": errors,
+        "new_tokens": generator.counts.tokens,
+        "seconds": seconds,
+        "tokens_per_second": generator.counts.tokens / seconds,
+        "acceptance": generator.counts.acceptance,
+    }
+    if errors:
+        session.note(f"brise: {errors} of {len(results)} prompts have errors, see {target}")
+    session.note(f"{generator.counts.tokens} tokens in {seconds:.1f} s")
+    session.finish(document, lambda console: print(target))
+    if errors:
+        raise typer.Exit(1)
+
+
 def add_to(app: typer.Typer) -> None:
     app.command(epilog=EPILOG)(generate)
+    app.command(epilog=CHAT_EPILOG)(chat_)

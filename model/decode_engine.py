@@ -162,11 +162,14 @@ class DecodeEngine:
             self.states.active[b.row] = 1
             self.plain[b.row] = b.sampling.plain
         last = self._read([b.row for b in begun], tokens)
+        together = len(last) if not self.model.invariant else 1
+        logits = torch.cat(
+            [self.model.logits(part, chunk=True) for part in torch.stack(last).split(together)]
+        )
         chosen = []
-        for b, hidden in zip(begun, last):
+        for b, behind in zip(begun, logits.split(1)):
             states = self.states.rows(b.row, b.row + 1)
-            logits = self.model.logits(hidden[None], chunk=True)
-            chosen.append(states.emit(logits, states.active > 0, b.sampling.plain))
+            chosen.append(states.emit(behind, states.active > 0, b.sampling.plain))
         return torch.cat(chosen).tolist()
 
     def _read(self, rows: list[int], prompts: list[Tensor]) -> list[Tensor]:
@@ -264,11 +267,6 @@ class DecodeEngine:
             attend = StepAttention(cache, self.model.heads, turn, first, self.model.invariant)
         hidden = self.model.hidden(tokens, attend, chunk=False)
         return self.model.logits(hidden.flatten(0, 1), chunk=False).view(batch, width, -1)
-
-    @torch.inference_mode()
-    def stop(self, row: int) -> None:
-        """Let a row rest: its text has come to an end that only the host knows."""
-        self.states.active[row] = 0
 
     @torch.inference_mode()
     def release(self, row: int, broken: bool = False) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..quant.formats import IMPORTED
 from ..quant.fuse import fuse, why_not
 from ..quant.linear import QuantLinear
 
@@ -40,16 +41,14 @@ class Projection:
 
 
 class RowByRow:
-    """A product whose rows do not depend, in any bit, on the others: each is computed alone.
-
-    Where there are enough rows of one text (a prompt is always read alone) they are computed together.
-    """
+    """A product whose rows do not depend, in any bit, on the others: each is computed alone."""
 
     def __init__(self, product: Callable[[Tensor], Tensor]) -> None:
         self.product = product
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([self.product(row) for row in x.split(1)])
+        # a copy, as a library may add in another order where the row lies at another alignment
+        return torch.cat([self.product(row.clone()) for row in x.split(1)])
 
 
 def project(
@@ -122,8 +121,6 @@ def _quantized(
                 parent, _, leaf = name.rpartition(".")
                 setattr(owner.get_submodule(parent), leaf, part)
             wholes = [whole]
-    for layer in wholes:
-        layer.prepare(dtype)
 
     def products(fixed: bool) -> list[Callable[[Tensor], Tensor]]:
         return [_product(layer, fixed) for layer in wholes]
@@ -134,6 +131,8 @@ def _quantized(
 
 def _product(layer: QuantLinear, invariant: bool) -> Callable[[Tensor], Tensor]:
     """The layer's own product, under the one or the other promise."""
+    if invariant and layer.spec.format in IMPORTED:  # decoded whole, and multiplied as if it were dense
+        return RowByRow(layer)
 
     def product(x: Tensor) -> Tensor:
         before = layer.batch_invariant

@@ -97,7 +97,8 @@ class Generator:
 
     def complete(self, requests: Iterable[Request]) -> list[Completion]:
         """The completions of all requests, in their order."""
-        done = [event.completion for event in self.stream(requests) if event.completion is not None]
+        events = self.stream(requests, every_token=False)
+        done = [event.completion for event in events if event.completion is not None]
         return sorted(done, key=lambda completion: completion.index)
 
     def stream(self, requests: Iterable[Request], *, every_token: bool = True) -> Iterator[Event]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.checks import TENSORS
 from ..kernels.ops import PackedWeight
+from .formats import IMPORTED
 from .linear import QuantLinear
 from .tensor import QuantizedTensor
 
@@ -42,6 +43,8 @@ def why_not(parts: Sequence[QuantLinear]) -> str | None:
         return "they are stored in different ways, or have different inputs"
     if any(part.bias is not None for part in parts):
         return "they have biases"
+    if parts[0].spec.format in IMPORTED:
+        return f"no kernel reads {parts[0].spec.format}"
     if parts[0].spec.double_quant:
         return "double-quantized scales have an offset for each weight"
     if any(part.out_features % _TILE_ROWS for part in parts):

@@ -1,0 +1,254 @@
+"""The decode loop beside transformers' own generate, on the same weights."""
+
+import pytest
+import torch
+from transformers import MistralConfig
+from transformers import MistralForCausalLM as Peer
+
+from brise.model import decode_engine as engine_module
+from brise.model.cache_rows import rows_of
+from brise.model.decode_attend import LeanAttention, StepAttention
+from brise.model.generate import Generator, Request, RequestError, generate
+from brise.model.mistral import MistralForCausalLM
+from brise.model.sampling import Sampling
+from brise.model.speculative import DraftModel, PromptLookup
+from brise.quant.apply import quantize_model
+from brise.quant.presets import PRESETS
+
+NEW = 24
+LENGTHS = (5, 1, 19, 12)
+
+
+def config(**changes):
+    values = {
+        "vocab_size": 61,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": None,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": 0,
+    }
+    return MistralConfig(**{**values, **changes})
+
+
+def pair(**changes):
+    torch.manual_seed(0)
+    peer = Peer(config(**changes)).eval()
+    ours = MistralForCausalLM(config(**changes)).eval()
+    ours.load_state_dict(peer.state_dict())
+    return peer, ours
+
+
+@pytest.fixture(scope="module", params=[None, 7], ids=["no window", "window 7"])
+def models(request):
+    """A peer, ours, left-padded prompts with their mask, and what the peer writes."""
+    peer, ours = pair(sliding_window=request.param)
+    prompts = [torch.randint(1, 61, (n,)).tolist() for n in LENGTHS]
+    width = max(LENGTHS)
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    wanted = peer.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    return peer, ours, ids, mask, wanted[:, width:].tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repack": False},
+        {"batch_size": 1},
+        {"batch_size": 3, "chunk": 4},
+        {"batch_invariant": True, "chunk": 8},
+    ],
+    ids=str,
+)
+def test_the_tokens_are_those_of_transformers(models, options):
+    _, ours, ids, mask, wanted = models
+    assert generate(ours, ids, mask, max_new_tokens=NEW, **options) == wanted
+
+
+@pytest.mark.parametrize(
+    "proposer", [PromptLookup(6), PromptLookup(2, longest=1), "itself", "other"], ids=str
+)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_drafts_change_nothing_but_the_number_of_steps(models, proposer, batch_size):
+    _, ours, ids, mask, wanted = models
+    if proposer == "itself":
+        proposer = DraftModel(ours, 3)
+    elif proposer == "other":
+        proposer = DraftModel(pair(num_hidden_layers=1)[1], 3)
+    generator = Generator(ours, batch_size=batch_size, proposer=proposer)
+    prompts = [[t for t, m in zip(row, kept) if m] for row, kept in zip(ids.tolist(), mask.tolist())]
+    done = generator.complete([Request(p, NEW) for p in prompts])
+    assert [c.tokens for c in done] == wanted
+    counts = generator.counts
+    assert counts.tokens == NEW * len(prompts) and counts.accepted <= counts.proposed
+    if isinstance(proposer, DraftModel) and proposer._source is ours:
+        # all right, but for the ends, which are cut off before they are proposed
+        assert counts.acceptance == 1 and counts.steps < NEW * len(prompts) / batch_size / 2
+    elif isinstance(proposer, DraftModel):
+        assert counts.acceptance < 0.5
+
+
+def test_sampled_texts_are_the_same_with_drafts(models):
+    _, ours, ids, mask, _ = models
+    sampling = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.3, seed=3)
+    plain = generate(ours, ids, mask, max_new_tokens=NEW, sampling=sampling)
+    assert generate(ours, ids, mask, max_new_tokens=NEW, sampling=sampling, proposer=PromptLookup(4)) == plain
+    assert generate(ours, ids, mask, max_new_tokens=NEW, sampling=sampling, batch_size=1) == plain
+    other = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.3, seed=4)
+    assert generate(ours, ids[:1], mask[:1], max_new_tokens=NEW, sampling=other) != plain[:1]
+
+
+def test_a_repetition_penalty_is_that_of_transformers(models):
+    peer, ours, ids, mask, _ = models
+    for row in range(2):  # alone: left padding would count as repeated
+        prompt = ids[row : row + 1, mask[row] > 0]
+        wanted = peer.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False,
+            repetition_penalty=1.4, pad_token_id=0,
+        )  # fmt: skip
+        got = generate(ours, prompt, max_new_tokens=NEW, sampling=Sampling(repetition_penalty=1.4))
+        assert got == wanted[:, prompt.shape[1] :].tolist()
+
+
+def logits_along(model, tokens, **options):
+    """Logits [T, vocab] behind each token of a text, by decode steps that are fed it."""
+    generator = Generator(model, **options)
+    engine = generator._engine_for(len(tokens) + 1)
+    cache = rows_of(engine.cache, 0, 1)
+    out = []
+    with torch.inference_mode():
+        for token in tokens:
+            step = torch.tensor([[token]])
+            out.append(engine._forward(cache, step, torch.ones(1, dtype=torch.int32))[0, 0])
+    return torch.stack(out)
+
+
+def test_logits_of_steps_are_those_of_a_forward_pass_and_int8_keys_come_close(models):
+    peer, ours, *_ = models
+    tokens = torch.randint(1, 61, (30,))
+    with torch.inference_mode():
+        wanted = peer(tokens[None]).logits[0]
+    exact = logits_along(ours, tokens.tolist())
+    torch.testing.assert_close(exact, wanted, atol=2e-5, rtol=1e-5)
+    codes = logits_along(ours, tokens.tolist(), int8_cache=True)
+    error = (codes - wanted).norm() / wanted.norm()
+    assert 1e-5 < error < 0.02
+
+
+def test_the_lean_way_and_the_ops_agree(models, monkeypatch):
+    _, ours, ids, mask, wanted = models
+    used = []
+    for kind in (LeanAttention, StepAttention):
+        call = kind.__call__
+        monkeypatch.setattr(
+            kind, "__call__", lambda s, i, x, call=call: (used.append(type(s)), call(s, i, x))[1]
+        )
+    for lean in (True, False):
+        generator = Generator(ours, batch_size=4)
+        generator._engine_for(64).lean = lean
+        used.clear()
+        prompts = [[t for t, m in zip(row, kept) if m] for row, kept in zip(ids.tolist(), mask.tolist())]
+        assert [c.tokens for c in generator.complete([Request(p, NEW) for p in prompts])] == wanted
+        assert set(used) == {LeanAttention if lean else StepAttention}
+
+
+def test_memory_stays_what_it_is_however_long_the_text():
+    _, ours = pair(sliding_window=7, max_position_embeddings=4096)
+    generator = Generator(ours)
+    engine = generator._engine_for(1000)
+    assert engine.cache.slots == 7
+    where = [t.data_ptr() for layer in engine.cache.layers for t in layer.tensors.values()]
+    done = generator.complete([Request([1, 2, 3], 400)])
+    assert len(done[0].tokens) == 400 and generator._engine is engine
+    assert [t.data_ptr() for layer in engine.cache.layers for t in layer.tensors.values()] == where
+
+
+@pytest.mark.parametrize("preset", [None, "int4-g32", "nf4-dq"])
+def test_in_batch_invariant_mode_a_prompt_has_the_logits_that_it_has_alone(preset, monkeypatch):
+    _, ours = pair()
+    if preset is not None:
+        quantize_model(ours, PRESETS[preset])
+    prompts = [torch.randint(1, 61, (n,)).tolist() for n in (3, 30, 9, 11, 2)]
+    choose = engine_module.choose
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        engine_module, "choose", lambda logits, *rest: (kept.append(logits.clone()), choose(logits, *rest))[1]
+    )
+    generator = Generator(ours, batch_size=4, batch_invariant=True, chunk=8)
+    generator.complete([Request(p, 6) for p in prompts])
+    together = {row.numpy().tobytes() for logits in kept for row in logits}
+    kept.clear()
+    Generator(ours, batch_size=1, batch_invariant=True, chunk=8).complete([Request(p, 6) for p in prompts])
+    alone = [row.numpy().tobytes() for logits in kept for row in logits]
+    assert len(alone) == 30 and set(alone) <= together
+
+
+def test_texts_end_with_eos_and_rows_are_given_to_waiting_prompts(models):
+    _, ours, ids, mask, wanted = models
+    eos = wanted[0][4]
+    cut = [row[: row.index(eos) + 1] if eos in row else row for row in wanted]
+    prompts = [[t for t, m in zip(row, kept) if m] for row, kept in zip(ids.tolist(), mask.tolist())]
+    generator = Generator(ours, batch_size=2, eos=[eos])
+    done = generator.complete([Request(p, NEW) for p in prompts * 3])
+    assert [c.tokens for c in done] == cut * 3
+    assert [c.reason for c in done[:4]] == ["eos" if eos in row else "length" for row in wanted]
+
+
+def test_what_cannot_be_done_is_said_and_the_others_are_done(models):
+    _, ours, *_ = models
+    good = Request([1, 2, 3], 5)
+    bad = {
+        "no tokens": Request([], 5),
+        "token 61 at place 1": Request([1, 61], 5),
+        "token -1 at place 0": Request([-1], 5),
+        "256 positions": Request([1] * 256, 5),
+        "at least 1, got 0": Request([1], 0),
+        "need a tokenizer": Request([1], 5, stop=("a",)),
+    }
+    generator = Generator(ours, batch_size=2)
+    alone = generator.complete([good])[0].tokens
+    done = generator.complete([good, *bad.values(), good])
+    assert done[0].tokens == done[-1].tokens == alone and [c.index for c in done] == list(range(8))
+    for completion, says in zip(done[1:-1], bad):
+        assert completion.reason == "error" and says in completion.error
+    with pytest.raises(RequestError, match="no tokens"):
+        generate(ours, [[1], []])
+    long = generator.complete([Request([1] * 250, 20)])[0]
+    assert (len(long.tokens), long.reason) == (6, "positions")
+
+
+@pytest.mark.parametrize("repack", [True, False])
+def test_logits_that_are_not_finite_end_their_row_and_no_other(repack):
+    _, ours = pair()
+    prompts = [[1, 2, 3], [5, 60, 7], [8, 9]]
+    alone = generate(ours, prompts, max_new_tokens=10)
+    assert all(60 not in row for row in alone)
+    with torch.no_grad():
+        ours.model.embed_tokens.weight[60] = float("nan")
+    generator = Generator(ours, batch_size=2, repack=repack)
+    done = generator.complete([Request(p, 10) for p in [*prompts, prompts[0], prompts[2]]])
+    assert [c.tokens for c in done] == [alone[0], [], alone[2], alone[0], alone[2]]
+    assert done[1].reason == "error" and "not finite" in done[1].error
+    with pytest.raises(FloatingPointError, match="prompt 1: the model's logits are not finite"):
+        generate(ours, prompts, max_new_tokens=2)
+
+
+def test_what_the_loop_cannot_run_it_refuses():
+    peer, ours = pair()
+    with pytest.raises(TypeError, match=r"brise\.model\.mistral"):
+        Generator(peer)
+    dynamic = MistralForCausalLM(
+        config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    )
+    with pytest.raises(ValueError, match="angles that change"):
+        Generator(dynamic)
+    with pytest.raises(ValueError, match="same vocabulary"):
+        Generator(ours, proposer=DraftModel(pair(vocab_size=50)[1]))

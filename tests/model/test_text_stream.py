@@ -1,0 +1,65 @@
+"""Text as it comes: whole characters, and nothing of a stop string."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brise.model.text_stream import TextStream
+
+
+def decode(tokens):
+    return bytes(tokens).decode(errors="replace")
+
+
+def pieces_of(text, stop=(), size=1):
+    stream = TextStream(decode, stop)
+    data = text.encode()
+    pieces = [stream.push(list(data[i : i + size])) for i in range(0, len(data), size)]
+    pieces.append(stream.end())
+    assert "".join(pieces) == stream.text
+    return pieces, stream
+
+
+def test_never_half_a_character():
+    pieces, stream = pieces_of("a€b🌬c")
+    assert stream.text == "a€b🌬c" and [p for p in pieces if p] == ["a", "€", "b", "🌬", "c"]
+
+
+@given(st.text(max_size=30), st.integers(1, 7))
+def test_the_pieces_are_the_text(text, size):
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        assert pieces_of(text, size=size)[1].text == text
+
+
+@given(
+    st.text("ab", max_size=25), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.integers(1, 5)
+)
+def test_a_text_ends_before_the_first_stop_string(text, stop, size):
+    found = [text.find(s) for s in stop if s in text]
+    stream = pieces_of(text, stop, size)[1]
+    assert stream.text == (text[: min(found)] if found else text)
+    assert (stream.stopped is None) == (not found)
+
+
+def test_what_may_become_a_stop_string_is_held_back():
+    stream = TextStream(decode, ["END"])
+    assert [stream.push([c]) for c in b"xENENDy"] == ["x", "", "", "EN", "", "", ""]
+    assert stream.stopped == "END" and stream.text == "xEN"
+
+
+def test_half_a_character_at_the_end_is_shown_as_what_it_is():
+    stream = TextStream(decode)
+    assert [stream.push([c]) for c in "a€".encode()[:3]] == ["a", "", ""]
+    assert stream.end() == "\N{REPLACEMENT CHARACTER}" and stream.text == decode(list("a€".encode()[:3]))
+
+
+def test_a_token_may_be_decoded_in_another_way_at_the_beginning():
+    """As sentencepiece does, which drops a space there."""
+    words = {0: " the", 1: " wind", 2: "s"}
+    stream = TextStream(lambda tokens: "".join(words[t] for t in tokens).removeprefix(" "))
+    assert [stream.push([t]) for t in (0, 1, 2, 0)] == ["the", " wind", "s", " the"]
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(ValueError, match="not be empty"):
+        TextStream(decode, [""])
