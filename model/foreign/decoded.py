@@ -14,7 +14,7 @@ from ...quant.tensor import QuantizedTensor, Shape
 from ..reader import CheckpointReader
 from ..skeleton import stored_dtype
 from .gguf_reader import GGUFCheckpoint, write_tokenizer
-from .reader import open_checkpoint, quantized, specs_of
+from .reader import open_checkpoint, quantized, shape_of, specs_of
 
 
 class DecodedSource:
@@ -42,7 +42,7 @@ class DecodedSource:
         }
         self.config: dict[str, Any] = {k: v for k, v in reader.config.items() if k != "quantization_config"}
         self._shapes: dict[str, Shape] = {
-            f"{path}.weight": quantized(reader, path, spec).shape for path, spec in self.specs.items()
+            f"{path}.weight": shape_of(reader, path, spec) for path, spec in self.specs.items()
         }
         plain = [n for n in reader.names if n.rpartition(".")[0] not in self.specs or n.endswith(".bias")]
         self.names = sorted([*plain, *self._shapes])

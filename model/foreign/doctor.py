@@ -19,13 +19,13 @@ from torch import Tensor
 from ...quant.config import QuantSpec
 from ...quant.formats import FORMATS
 from ...quant.integer import IntegerFormat
-from ...quant.minimum import MinimumFormat
 from ...quant.interop.gptq import permutes
+from ...quant.minimum import MinimumFormat
 from ...quant.tensor import QuantizedTensor
 from ..reader import CheckpointReader
 from ..safetensors_header import CheckpointError
 from ..skeleton import UNFIT, check_depth, check_labels
-from .reader import ForeignReader, open_checkpoint, quantized, specs_of
+from .reader import ForeignReader, open_checkpoint, quantized, shape_of, specs_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -148,11 +148,10 @@ def _check_model(reader: CheckpointReader, specs: dict[str, QuantSpec], out: Exa
         if path not in specs or leaf == "bias":
             found[name] = reader.info(name)[1]
     for path, spec in specs.items():
-        rows, packed = reader.info(f"{path}.qweight")[1]
-        width = packed * 8 // FORMATS[spec.format].bits
-        if spec.group_size is not None:
-            width = reader.info(f"{path}.scales")[1][1] * spec.group_size
-        found[f"{path}.weight"] = (rows, width)
+        try:
+            found[f"{path}.weight"] = shape_of(reader, path, spec)
+        except CheckpointError:  # said again, and reported, when the module is read
+            wanted.pop(f"{path}.weight", None)
     for name in sorted(set(wanted) | set(found)):
         path = name.removesuffix(".weight")
         if name in tied and name not in found:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...quant.config import QuantConfig, QuantSpec, Rule
-from ...quant.tensor import QuantizedTensor, layout
+from ...quant.formats import FORMATS
+from ...quant.tensor import QuantizedTensor, Shape, layout
 from ..quantization_entry import METHOD, quantization_entry, read_entry
 from ..reader import INDEX, SINGLE, CheckpointReader, inside, read_json
 from ..safetensors_header import CheckpointError
@@ -180,21 +181,32 @@ def specs_of(reader: CheckpointReader) -> dict[str, QuantSpec]:
     return {} if entry is None else read_entry(entry, str(reader.folder / "config.json"))[1]
 
 
+def shape_of(reader: CheckpointReader, path: str, spec: QuantSpec) -> Shape:
+    """(N, K) of a quantized weight, from the shapes of its tensors.
+
+    Raises:
+        CheckpointError: they are no matrices, or missing.
+    """
+    codes = reader.info(f"{path}.qweight")[1]
+    scales = reader.info(f"{path}.scales")[1]
+    if len(codes) != 2 or len(scales) != 2:
+        raise CheckpointError(
+            f"{reader.folder}: {path}: qweight is {list(codes)} and scales {list(scales)}, expected two sizes each"
+        )
+    if spec.group_size is not None:
+        return codes[0], scales[1] * spec.group_size
+    return codes[0], codes[1] * 8 // FORMATS[spec.format].bits
+
+
 def quantized(reader: CheckpointReader, path: str, spec: QuantSpec) -> QuantizedTensor:
     """One quantized weight of an opened checkpoint.
 
     Raises:
         CheckpointError: its tensors are not those of its spec.
     """
-    from ...quant.formats import FORMATS
-
-    rows, packed = reader.info(f"{path}.qweight")[1]
-    width = packed * 8 // FORMATS[spec.format].bits
-    if spec.group_size is not None:
-        width = reader.info(f"{path}.scales")[1][1] * spec.group_size
+    shape = shape_of(reader, path, spec)
     try:
-        leaves = layout(spec, (rows, width))
-        return QuantizedTensor(spec, (rows, width), {n: reader.tensor(f"{path}.{n}") for n in leaves})
+        return QuantizedTensor(spec, shape, {n: reader.tensor(f"{path}.{n}") for n in layout(spec, shape)})
     except CheckpointError:
         raise
     except ValueError as error:
