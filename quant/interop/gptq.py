@@ -42,7 +42,7 @@ class GPTQWeight:
         Raises:
             Unfit: not integers, or sizes that do not fill the words.
         """
-        if not spec.format.startswith("int") or FORMATS[spec.format].bits not in BITS:
+        if spec.format not in {f"int{bits}" for bits in BITS}:
             raise Unfit(f"GPTQ holds integers of {', '.join(map(str, BITS))} bits, not {spec.format}")
         bits = FORMATS[spec.format].bits
         for what, size in (("output", shape[0]), ("input", shape[1])):

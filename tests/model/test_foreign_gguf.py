@@ -114,8 +114,9 @@ def test_a_minimum_in_place_of_a_zero_point(sources, tmp_path):
     torch.testing.assert_close(load_model(tmp_path / "ours")(IDS).logits, load_model(file)(IDS).logits)
     sym = export_checkpoint(sources / "q4_0", tmp_path / "sym", "gguf-q4_1")
     assert sym.lossless, "8 times a float16 is one"
-    with pytest.raises(CheckpointError, match="another grid"):
-        export_checkpoint(file, tmp_path / "x", "gptq")
+    for format, why in (("gptq_v2", "not int4_min"), ("awq", "another grid"), ("gguf-q8_0", "another grid")):
+        with pytest.raises(CheckpointError, match=why):
+            export_checkpoint(file, tmp_path / "x", format)
     with pytest.raises(ConfigError, match="choose one of nf4"):
         quantize_model(tiny(), QuantConfig.from_dict({"rules": [{"match": "*", "format": "int4_min",
                                                                  "symmetric": False}]}))  # fmt: skip
