@@ -50,7 +50,7 @@ class Application(TyperGroup):
                 raise KeyboardInterrupt
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
-            _report(session, "interrupted")
+            _report(session, session.last_words or "interrupted")
         except BrokenPipeError:
             # the reader has gone; what Python still holds back for it must not raise again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,9 +71,11 @@ class Application(TyperGroup):
 
 def describe(error: BaseException, debug: bool = False) -> str:
     """An error in one line; one that nobody foresaw carries its class and how to see where it arose."""
+    # what was added on the way up, say that a job can be resumed
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    text = one_line(str(error))
+        return f"{error.filename}: {error.strerror}{notes}"
+    text = one_line(str(error)) + notes
     if text and (isinstance(error, _PLAIN) or type(error).__module__.startswith("brise.")):
         return text
     hint = "" if debug else " (--debug shows where)"

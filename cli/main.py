@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from . import assets, bench, evaluate, export, generate, ledger, quantize, sweep, verify
+from . import (
+    assets,
+    bench,
+    bench_stream,
+    evaluate,
+    export,
+    generate,
+    ledger,
+    plan,
+    quantize,
+    sweep,
+    synth,
+    verify,
+)
 from .errors import USAGE, Application
 
 app = typer.Typer(
@@ -41,7 +54,20 @@ def root(
         raise typer.Exit(USAGE)
 
 
-for group in (assets, quantize, export, verify, ledger, evaluate, sweep, generate, bench):
+for group in (
+    assets,
+    quantize,
+    export,
+    verify,
+    ledger,
+    plan,
+    evaluate,
+    sweep,
+    generate,
+    synth,
+    bench,
+    bench_stream,
+):
     group.add_to(app)
 
 

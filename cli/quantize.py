@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections import Counter
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,10 @@ QUANTIZE_EPILOG = """
 [bold]brise quantize mistralai/Mistral-7B-v0.1 build/7b --config gptq-int4-g128 --windows 128[/bold]
 
 [bold]brise quantize ./checkpoint build/mine --config mine.yaml --text corpus.txt[/bold]
+
+[bold]brise quantize ./checkpoint build/mine --config mine.yaml --resume[/bold]  after a Ctrl-C or a crash
+
+[bold]torchrun --nproc-per-node 2 --no-python brise quantize ./checkpoint build/nf4 --config nf4[/bold]
 """
 CONFIGS_EPILOG = """
 [bold]brise configs[/bold]  all presets
@@ -47,6 +52,11 @@ Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Calibrati
 Length = Annotated[int | None, typer.Option("--length", min=1, help="Tokens of a calibration window.")]
 
 
+class Memory(StrEnum):
+    memory = "memory"
+    file = "file"
+
+
 def quantize(
     ctx: typer.Context,
     src: Annotated[str, typer.Argument(metavar="SRC", help=SRC_HELP)],
@@ -55,33 +65,74 @@ def quantize(
     text: Text = None,
     windows: Windows = None,
     length: Length = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it exists, and begin anew if it was begun.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with a job that was interrupted; begin where there is none."),
+    ] = False,
+    memory: Annotated[
+        Memory,
+        typer.Option(
+            help="Where calibration activations are kept. A file needs less memory and resumes faster."
+        ),
+    ] = Memory.memory,
+    on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--on",
+            metavar="KIND=ACTION",
+            help="What to do about a module in trouble: nonfinite=keep, zero=keep, hessian=round, dead=fail, ...",
+        ),
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Bytes of a shard at most.")] = 5_000_000_000,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
     """Quantize the checkpoint SRC into the folder OUT, block by block.
 
     OUT appears when it is complete, or not at all. It holds the weights, a config.json in which every rule is
-    resolved, the tokenizer, and quantization_report.json: each module, quantized how, or kept and why.
+    resolved, the tokenizer, and quantization_report.json: each module, quantized how, or kept and why. What is done
+    survives the end of the process: --resume goes on behind the last finished block, and ends with the same bytes.
+
+    Started by torchrun, all processes work on the one OUT: they share blocks out, or calibration windows.
     """
     session = session_of(ctx)
     # whatever is wrong with the config or OUT shows before anything is downloaded
     chosen = override_calibration(load_config(config), text, windows, length)
-    if out.exists() and not overwrite:
+    if out.exists() and not (overwrite or resume):
         raise FileExistsError(f"{out} exists; choose another folder, or pass --overwrite to replace it")
-    folder = resolve(src, session)
 
-    from ..model.stream import quantize_checkpoint
+    from ..model.group import joined
+    from ..model.stream import Interrupted, quantize_checkpoint
+    from ..model.trouble import Policy
 
-    with session.progress() as bars:
-        report = quantize_checkpoint(
-            folder,
-            out,
-            chosen,
-            calibration=calibrate(folder, chosen),
-            overwrite=overwrite,
-            progress=lambda what, done, total: bars("quantize", done, total),
-        )
+    policy = Policy.parse(on or [])
+    with joined() as group:
+        # one process fetches, the others find it
+        folder = resolve(src, session) if group.rank == 0 else None
+        group.gather(None)
+        folder = folder or resolve(src, session)
+        try:
+            with session.progress() as bars:
+                report = quantize_checkpoint(
+                    folder,
+                    out,
+                    chosen,
+                    calibration=calibrate(folder, chosen),
+                    overwrite=overwrite,
+                    resume=resume,
+                    memory=memory.value,
+                    policy=policy,
+                    max_shard_bytes=shard_size,
+                    progress=lambda what, done, total: bars("quantize", done, total),
+                )
+        except Interrupted as error:
+            session.last_words = f"{error} (the same command with --resume)" if error.kept else str(error)
+            raise
+        if group.rank:
+            return
     session.finish(
         {"path": str(out), "config": config, **summary(report)},
         lambda console: _show_report(console, out, report),
@@ -156,7 +207,9 @@ def calibrate(folder: Path, config: QuantConfig) -> Tensor | None:
 
     wanted = config.calibration
     text = load_text(wanted.text, "calibration")
-    return calibration_ids(text, load_tokenizer(folder), windows=wanted.windows, length=wanted.length)
+    return calibration_ids(
+        text, load_tokenizer(folder), windows=wanted.windows, length=wanted.length
+    )
 
 
 def summary(report: Report) -> dict[str, Any]:
@@ -168,6 +221,7 @@ def summary(report: Report) -> dict[str, Any]:
     return {
         "quantized": len(report.quantized),
         "kept": {o.path: o.reason for o in report.kept},
+        "troubles": {o.path: o.trouble for o in report.outcomes if o.trouble},
         "quantized_bytes": nbytes,
         "bits_per_quantized_weight": 8 * nbytes / weights if weights else None,
     }
@@ -183,7 +237,7 @@ def _show_report(console: Console, out: Path, report: Report) -> None:
     weights: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     for o in report.outcomes:
-        label = describe_spec(o.spec) if o.spec else f"kept: {o.reason}"
+        label = describe_spec(o.spec) if o.spec else f"kept: {o.reason.removeprefix('kept: ')}"
         counts[label] += 1
         weights[label] += o.shape[0] * o.shape[1]
         nbytes[label] += o.nbytes or 0
@@ -191,6 +245,9 @@ def _show_report(console: Console, out: Path, report: Report) -> None:
         size = human_bytes(nbytes[label]) if nbytes[label] else ""
         table.add_row(label, str(count), f"{weights[label]:,}", size)
     console.print(table)
+    for o in report.outcomes:
+        if o.trouble:
+            print(f"{o.path}: {o.trouble}")
     bits = summary(report)["bits_per_quantized_weight"]
     print(f"{out}: {bits:.3f} bits per quantized weight, scales included" if bits else out)
 

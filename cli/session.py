@@ -25,6 +25,8 @@ class Session:
     def __init__(self) -> None:
         self.json = False
         self.debug = False
+        # what an interrupt leaves to say: the interrupt itself is turned into others on its way up
+        self.last_words = ""
         # kept aside: with --json, sys.stdout leads to stderr, so that no library's print gets in between
         self._stdout = sys.stdout
 

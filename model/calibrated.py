@@ -14,8 +14,8 @@ from ..quant.apply import Target
 from ..quant.calibrate import HessianAccumulator
 from ..quant.config import Calibration, ConfigError
 from ..quant.dequantize import decode_packed
-from ..quant.rows import Workers
 from ..quant.tensor import Params, QuantizedTensor, layout
+from ..quant.workers import Workers
 from .activations import MODES, InFiles, InMemory, Store
 from .group import Group, share
 from .job_plan import Step, blocks_of
@@ -107,8 +107,8 @@ class CalibratedSteps(PlainSteps):
         self.store: Store = InMemory()
         if self.memory == "file":
             width = self.targets["model.embed_tokens"].shape[1]
-            shape = (*self.ids.shape, width)
-            self.store = InFiles(folder, shape, self.calibration.target == "full", self.group.rank)  # type: ignore[arg-type]
+            shape = (self.ids.shape[0], self.ids.shape[1], width)
+            self.store = InFiles(folder, shape, self.calibration.target == "full", self.group.rank)
         behind = len(done)
         if not behind or behind > self.last:
             return

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Protocol, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -87,11 +88,14 @@ def share(count: int, group: Group) -> range:
     return range(group.rank, count, group.world)
 
 
-def is_launched() -> bool:
-    """Whether torchrun started this process."""
-    return dist.is_available() and dist.is_torchelastic_launched()
-
-
-def join(device: torch.device | str = "cpu") -> None:
-    """Bring the processes that torchrun started together: gloo, or nccl for GPUs."""
-    dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+@contextlib.contextmanager
+def joined() -> Iterator[Group]:
+    """The processes that torchrun started, brought together by gloo; this one alone without torchrun."""
+    if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
+        yield current_group()
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Distributed()
+    finally:
+        dist.destroy_process_group()

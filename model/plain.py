@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..quant.apply import Outcome, Target, measure, quantize_weight
 from ..quant.config import QuantSpec
-from ..quant.rows import Workers, round_rows
+from ..quant.rows import round_rows
 from ..quant.scales import NonFiniteError
 from ..quant.tensor import QuantizedTensor
+from ..quant.workers import Workers
 from .job_plan import Step
 from .shards import ShardFiles
 from .solve import Quantized, kept

@@ -88,6 +88,13 @@ def lay_out_shard(members: Sequence[Planned]) -> Shard:
     return Shard(len(text).to_bytes(8, "little") + text, begins, start + at)
 
 
+def _write_at(fd: int, data: memoryview, at: int) -> None:
+    """A write may take less than it was given."""
+    while data:
+        done = os.pwrite(fd, data, at)
+        data, at = data[done:], at + done
+
+
 class ShardFiles:
     """The shards of a plan as files in a folder.
 
@@ -143,10 +150,7 @@ class ShardFiles:
     def write(self, name: str, data: memoryview, offset: int = 0) -> None:
         """Bytes of a tensor, from ``offset`` on."""
         index = self._where[name]
-        at = self.shards[index].begins[name] + offset
-        while data:
-            done = os.pwrite(self._files[index], data, at)
-            data, at = data[done:], at + done
+        _write_at(self._files[index], data, self.shards[index].begins[name] + offset)
 
     def sync(self, names: Iterable[str]) -> None:
         """Wait until the shards that hold the tensors are on the disk."""
@@ -223,7 +227,7 @@ class ShardFiles:
             fd = os.open(self._name(index, self.generation), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             try:
                 os.posix_fallocate(fd, 0, shard.size)
-                os.pwrite(fd, shard.header, 0)
+                _write_at(fd, memoryview(shard.header), 0)
                 os.fsync(fd)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):

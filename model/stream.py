@@ -39,7 +39,11 @@ _PIECE = 1 << 24
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C; the message says what is kept."""
+    """Ctrl-C; the message says what is kept: ``kept`` steps."""
+
+    def __init__(self, message: str, kept: int = 0) -> None:
+        super().__init__(message)
+        self.kept = kept
 
 
 def quantize_checkpoint(
@@ -340,7 +344,7 @@ class _Job:
             kept = (
                 f"{done} of {len(self.steps)} steps are kept: resume to go on" if done else "nothing is kept"
             )
-            raise Interrupted(f"interrupted; {kept}") from None
+            raise Interrupted(f"interrupted; {kept}", done) from None
         if isinstance(error, OSError | CheckpointError) and done:
             error.add_note(f"{done} of {len(self.steps)} steps are kept: resume to go on")
 
