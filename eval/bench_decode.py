@@ -87,7 +87,12 @@ def measure(
         "missing": missing,
         "sides": {},
     }
-    row["agree"] = {name: tokens == found.get(OURS) for name, tokens in found.items() if name != OURS}
+    ours_wrote = found.get(OURS)
+    row["agree"] = {
+        name: tokens == ours_wrote
+        for name, tokens in found.items()
+        if name != OURS and ours_wrote is not None
+    }
     for side in running:
         decode = [w - f for w, f in zip(whole[side.name], first[side.name])]
         steps = load.new - 1
@@ -157,7 +162,9 @@ def our_side(model: Any, batch: int, *, name: str = OURS, **options: Any) -> Sid
 
 
 def peer_side(model: Any, name: str = "transformers", **options: Any) -> Side:
-    """transformers' greedy ``generate``."""
+    """transformers' greedy ``generate``, with nothing that ends a text early."""
+    # as an argument of generate() None would mean the model's own
+    model.generation_config.eos_token_id = None
 
     @torch.inference_mode()
     def run(ids: Tensor, new: int) -> list[list[int]]:
@@ -165,10 +172,8 @@ def peer_side(model: Any, name: str = "transformers", **options: Any) -> Side:
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new,
-            min_new_tokens=new,
             do_sample=False,
             pad_token_id=0,
-            eos_token_id=None,
             **options,
         )
         return out[:, ids.shape[1] :].tolist()

@@ -132,7 +132,8 @@ def _peer_model(config: Any, device: torch.device) -> Any:
     from transformers import MistralForCausalLM
 
     with torch.device("meta"):
-        model = MistralForCausalLM(config).to(DTYPE)
+        model: Any = MistralForCausalLM(config)
+    model.to(DTYPE)
     model.to_empty(device=device)
     with torch.no_grad():
         for p in model.parameters():

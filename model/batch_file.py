@@ -52,7 +52,7 @@ class Line:
 
 def read_lines(text: str, tokenizer: Any, defaults: Defaults) -> list[Line]:
     """The prompts of a JSONL text; empty lines are passed over. A line that is wrong is an error of its own."""
-    lines = []
+    lines: list[Line] = []
     for raw in text.split("\n"):  # not splitlines: a string may hold other line ends as they are
         if not raw.strip():
             continue

@@ -92,6 +92,6 @@ def test_half_precision_goes_through_the_same_loop():
     ids = torch.randint(1, 48, (3, 6))
     first = generate(model, ids, max_new_tokens=1)
     logits = model(ids).logits[:, -1].float()
-    for row, (token,) in enumerate(first):  # ties of bf16 are broken as they come
-        assert float(logits[row].max() - logits[row, token]) <= 0.05
+    for row, (token,) in enumerate(first):  # two ways to round may part where two tokens are nearly as likely
+        assert float(logits[row].max() - logits[row, token]) <= 0.1 * float(logits[row].std())
     assert generate(model, ids, max_new_tokens=6) == generate(model, ids, max_new_tokens=6)
