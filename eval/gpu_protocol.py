@@ -171,11 +171,14 @@ def measure(case: Case, device: torch.device, timer: Timer, rounds: int | None =
 
     A side whose result is wrong by more than the budget (ours) or cannot be had (a peer) has no time in the row.
     """
-    problem = case.make(device)
+    try:
+        problem = case.make(device)
+    except RuntimeError as error:  # no memory, say: the other cases go on
+        problem = Problem({}, torch.zeros(0), missing={"ours": f"{type(error).__name__}: {error}"[:300]})
     rounds = rounds or case.rounds
     if case.eager:
         timer = WallTimer()
-    ours = next(iter(problem.sides))
+    ours = next(iter(problem.sides), "ours")
     errors, missing, repeats = {}, dict(problem.missing), None
     steps: dict[str, Callable[[], float]] = {}
     for name, side in problem.sides.items():

@@ -62,7 +62,7 @@ def _takes_int8pack(x: Tensor, w: Weight, batch_invariant: bool) -> bool:
     plain = w.format == "int8" and w.groups == 1 and w.zeros is None and w.g_idx is None
     whole = w.shape[0] % 64 == 0 and w.shape[1] % 64 == 0
     few = x.shape[0] > 0 and (batch_invariant or x.shape[0] <= _INT8PACK_ROWS)
-    return plain and whole and few and x.dtype == torch.bfloat16 and _has_vectors()
+    return plain and whole and few and x.dtype == torch.bfloat16 and has_vectors()
 
 
 def _int8pack(x: Tensor, w: Weight, bias: Tensor | None, batch_invariant: bool) -> Tensor:
@@ -111,7 +111,8 @@ def dequantize_rows(w: Weight, part: slice, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _has_vectors() -> bool:
+def has_vectors() -> bool:
+    """Whether torch's packed products are more than a plain loop here."""
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 

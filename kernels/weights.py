@@ -69,7 +69,7 @@ def pack_weight(
         choice = "portable"
         if w.qweight.is_cuda and tileable and dtype in (torch.float16, torch.bfloat16) and has_triton():
             choice = "tiles"
-        elif w.qweight.device.type == "cpu" and dtype == torch.bfloat16 and cpu.can_pack_int4(w):
+        elif w.qweight.is_cpu and dtype == torch.bfloat16 and cpu.can_pack_int4(w) and cpu.has_vectors():
             choice = "cpu_int4"
     if choice == "portable":
         return PackedWeight(fmt, shape, choice, given)

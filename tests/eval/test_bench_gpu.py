@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 
-from brise.eval import bench_gpu, gpu_attention, gpu_decode, gpu_generate, gpu_matmul, gpu_protocol, gpu_tune
+from brise.eval import (
+    bench_gpu,
+    gpu_attention,
+    gpu_decode,
+    gpu_generate,
+    gpu_matmul,
+    gpu_protocol,
+    gpu_table,
+    gpu_tune,
+)
 from brise.eval.gpu_protocol import Case, Goal, Problem, RowFile, Side, WallTimer, copies_for, judge, measure
 from brise.kernels import reference, tuning
 
@@ -152,6 +161,13 @@ def test_a_side_that_fails_is_named_and_costs_the_others_nothing():
     row = measure(case(fails), CPU, WallTimer(), 3)
     assert not row["ok"] and "no kernel image" in row["missing"]["ours"]
 
+    def makes_nothing(device):
+        raise torch.OutOfMemoryError("out of memory")
+
+    row = measure(Case("matmul", "large", {}, makes_nothing), CPU, WallTimer(), 3)
+    assert not row["ok"] and row["missing"] == {"ours": "OutOfMemoryError: out of memory"}
+    json.dumps(row, allow_nan=False)
+
 
 @pytest.mark.parametrize(
     "goal, ours, value, met",
@@ -202,6 +218,16 @@ def test_a_run_writes_ceilings_first_and_a_table(tiny_cases, tmp_path):
     assert (done.wrong, done.left_out) == (0, 0)
     table = done.files[1].read_text()
     assert "4 cases, 0 wrong, 0 not measured" in table and "| int4 float16 m1 64x128 |" in table
+
+
+def test_sixteen_tokens_are_set_beside_one(tiny_cases, tmp_path):
+    rows = [json.loads(line) for line in run(tiny_cases[:2], tmp_path).files[0].read_text().splitlines()]
+    for row, tokens, seconds in zip(rows[1:], (1, 16), (2e-5, 2.2e-5)):
+        row |= {"m": tokens, "n": 28672}
+        row["seconds"]["ours"]["median"] = seconds
+    assert "int4 float16 28672x4096: 16 tokens take 1.10 times as long as one" in gpu_table.markdown(rows)
+    rows[1]["ok"] = False
+    assert "times as long" not in gpu_table.markdown(rows)
 
 
 def test_a_run_that_is_cut_short_keeps_what_it_has(tiny_cases, tmp_path, monkeypatch):
