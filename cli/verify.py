@@ -77,9 +77,7 @@ def verify(
     return 0 if found.healthy else FAILED
 
 
-def _divergence(
-    session: Session, folder: Path, source: Path, text: str, windows: int, length: int
-) -> float:
+def _divergence(session: Session, folder: Path, source: Path, text: str, windows: int, length: int) -> float:
     from ..eval.evaluate import evaluate
 
     with session.progress() as bars:

@@ -46,7 +46,9 @@ class GGUFCheckpoint(CheckpointReader):
         except GGUFError as error:
             raise CheckpointError(f"{path}: {error}") from error
         except UNFIT as error:  # values of the wrong kind under the right keys
-            raise CheckpointError(f"{path}: its keys make no model: {type(error).__name__}: {error}") from error
+            raise CheckpointError(
+                f"{path}: its keys make no model: {type(error).__name__}: {error}"
+            ) from error
         self._tensors = {tensor.name: tensor for tensor in self.gguf.tensors}
         self._specs = {}
         self.decoded: list[str] = []

@@ -45,7 +45,9 @@ class PackedWeight:
         if not spec.format.startswith("int") or spec.format not in ("int2", "int3", "int4", "int8"):
             raise Unfit(f"pack-quantized holds integers, not {spec.format}")
         if permutes(spec) and groups_per_row(spec, shape) > 1:
-            raise Unfit("its groups are no neighbouring channels, and compressed-tensors no longer reads a g_idx")
+            raise Unfit(
+                "its groups are no neighbouring channels, and compressed-tensors no longer reads a g_idx"
+            )
         wide = "int8" if spec.format == "int8" else "int4"
         return dataclasses.replace(spec, format=wide, scale_dtype=self.scale_dtype, double_quant=False)
 

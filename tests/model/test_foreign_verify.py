@@ -159,7 +159,13 @@ DAMAGE = {
     "a scale is NaN": ("ours", put("scales", (3, 1), float("nan")), False, "NaN", PATH),
     "a scale is infinite": ("gptq", put("scales", (1, 3), float("inf")), False, "infinite", PATH),
     "a scale is zero": ("awq", put("scales", (1, 3), 0.0), False, "scales are 0", PATH),
-    "an exponent's bit flipped": ("ct", put("weight_scale", (5, 0), lambda s: s * 2**14), False, "median", PATH),
+    "an exponent's bit flipped": (
+        "ct",
+        put("weight_scale", (5, 0), lambda s: s * 2**14),
+        False,
+        "median",
+        PATH,
+    ),
     "rows are missing": ("ours", replace("qweight", lambda t: t[:-8].clone()), False, "config", PATH),
     "channels are missing": ("gptq", replace("qweight", lambda t: t[:-1].clone()), False, "holds", PATH),
     "a tensor is missing": ("gptq", drop("qzeros"), False, "has no qzeros", PATH),
@@ -171,7 +177,13 @@ DAMAGE = {
         PATH,
     ),
     "another dtype": ("gptq", replace("qweight", lambda t: t.long()), False, "int64", PATH),
-    "codes are lost": ("ours", put("qweight", (slice(2, 9), slice(0, 16)), 0), False, "codes are the same", PATH),
+    "codes are lost": (
+        "ours",
+        put("qweight", (slice(2, 9), slice(0, 16)), 0),
+        False,
+        "codes are the same",
+        PATH,
+    ),
     "words are lost": ("gptq", put("qweight", (slice(0, 4), 7), 0), False, "codes are the same", PATH),
     "version 2 called 1": ("gptq_v2", setting(checkpoint_format="gptq"), False, "label is wrong", None),
     "version 1 called 2": ("gptq", setting(checkpoint_format="gptq_v2"), False, "label is wrong", None),
@@ -193,8 +205,15 @@ DAMAGE = {
         PATH,
     ),
     "bits of another file": ("gptq", setting(bits=8), False, "bits 8", None),
-    "groups of another file": ("ct", config(lambda d: d["quantization_config"]["config_groups"]["group_0"][
-        "weights"].update(group_size=64)), False, "no group", None),  # fmt: skip
+    "groups of another file": (
+        "ct",
+        config(
+            lambda d: d["quantization_config"]["config_groups"]["group_0"]["weights"].update(group_size=64)
+        ),
+        False,
+        "no group",
+        None,
+    ),  # fmt: skip
     "weight_shape": ("ct", put("weight_shape", 0, 64), False, "weight_shape", PATH),
     "another table of values": ("bnb", put("weight.quant_map", 3, -0.5), False, "not the table", PATH),
     "another nested table": ("bnb-dq", put("weight.nested_quant_map", 9, 0.5), False, "dynamic map", PATH),
@@ -211,8 +230,20 @@ DAMAGE = {
         "1 values are NaN",
         "model.norm",
     ),
-    "heads of another model": ("gptq", config(lambda d: d.update(num_key_value_heads=4)), False, "asks for", None),
-    "blocks of another model": ("awq", config(lambda d: d.update(num_hidden_layers=3)), False, "2 blocks", None),
+    "heads of another model": (
+        "gptq",
+        config(lambda d: d.update(num_key_value_heads=4)),
+        False,
+        "asks for",
+        None,
+    ),
+    "blocks of another model": (
+        "awq",
+        config(lambda d: d.update(num_hidden_layers=3)),
+        False,
+        "2 blocks",
+        None,
+    ),
     "scales of another size": (
         "ours",
         put("scales", slice(None), lambda s: s * 1.5),
