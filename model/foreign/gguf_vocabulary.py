@@ -141,7 +141,7 @@ def _adds_bos(data: dict[str, Any], known: dict[str, Any]) -> bool:
     bos = known.get("bos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
     first = [p["single"][0] for p in posts if p.get("type") == "TemplateProcessing" and p.get("single")]
-    return any(part.get("SpecialToken", {}).get("id") == bos for part in first)
+    return bos is not None and any(part.get("SpecialToken", {}).get("id") == bos for part in first)
 
 
 def _template(folder: Path, known: dict[str, Any]) -> Any:

@@ -1,11 +1,13 @@
 """Runs in a peer's environment, without ours: load a folder with its library, or make one.
 
-    peer.py load LIBRARY FOLDER IDS.pt LOGITS.pt
-    peer.py make LIBRARY SOURCE FOLDER
+peer.py load LIBRARY FOLDER IDS.pt LOGITS.pt
+peer.py make LIBRARY SOURCE FOLDER
 """
 
+import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -14,9 +16,7 @@ def load(library: str, folder: str, ids: torch.Tensor) -> torch.Tensor:
     if library == "gptqmodel":
         from gptqmodel import BACKEND, GPTQModel
 
-        import json
-
-        method = json.load(open(f"{folder}/config.json"))["quantization_config"]["quant_method"]
+        method = json.loads(Path(folder, "config.json").read_text())["quantization_config"]["quant_method"]
         backend = BACKEND.TORCH_AWQ if method == "awq" else BACKEND.TORCH
         model = GPTQModel.load(folder, device="cpu", backend=backend, dtype=torch.float16).model
     else:

@@ -213,7 +213,7 @@ DAMAGE = {
         False,
         "no group",
         None,
-    ),  # fmt: skip
+    ),
     "weight_shape": ("ct", put("weight_shape", 0, 64), False, "weight_shape", PATH),
     "another table of values": ("bnb", put("weight.quant_map", 3, -0.5), False, "not the table", PATH),
     "another nested table": ("bnb-dq", put("weight.nested_quant_map", 9, 0.5), False, "dynamic map", PATH),
