@@ -35,7 +35,9 @@ class MinimumFormat:
         from .config import ConfigError
 
         if spec.symmetric or spec.double_quant or spec.scale != "absmax" or spec.algorithm != "rtn":
-            raise ConfigError(f"{self.name} is asymmetric, by rtn with scale absmax, without double quantization")
+            raise ConfigError(
+                f"{self.name} is asymmetric, by rtn with scale absmax, without double quantization"
+            )
 
     def fit(self, groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         """fp32 groups [..., g] -> (scale fp32 [...], minimum fp32 [...])."""

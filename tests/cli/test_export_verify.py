@@ -45,7 +45,9 @@ def test_export_refuses_to_quantize_again_unless_it_is_asked_to(made, tmp_path):
     run("export", made / "gptq", tmp_path / "bnb", "-f", "bitsandbytes", "--requantize")
     assert (tmp_path / "bnb" / "README.md").exists()
     assert "exists" in run("export", made / "gptq", tmp_path / "bnb", "-f", "awq", code=1).stderr
-    assert "there are bitsandbytes" in run("export", made / "gptq", tmp_path / "y", "-f", "gtpq", code=1).stderr
+    assert (
+        "there are bitsandbytes" in run("export", made / "gptq", tmp_path / "y", "-f", "gtpq", code=1).stderr
+    )
 
 
 def test_theirs_can_be_measured_inspected_and_quantized(made, tmp_path, tiny_checkpoint, tiny_text):
@@ -105,5 +107,7 @@ def test_push_to_hub_creates_the_repository_and_uploads_the_folder(made, tmp_pat
     run("export", made / "int4", tmp_path / "out", "-f", "gptq", "--push-to-hub", "me/tiny", "--private")
     assert calls[0] == ("create", "me/tiny", True, True)
     assert calls[1][:2] == ("upload", "me/tiny") and "README.md" in calls[1][2]
-    refused = run("export", made / "int4", tmp_path / "p", "-f", "gptq", "--push-to-hub", "a/b", "--plan", code=1)
+    refused = run(
+        "export", made / "int4", tmp_path / "p", "-f", "gptq", "--push-to-hub", "a/b", "--plan", code=1
+    )
     assert "--plan writes nothing" in refused.stderr

@@ -12,7 +12,12 @@ from pathlib import Path
 # torch comes as each of them wants it; accelerate is what transformers loads quantized folders with
 PEERS = {
     "gptqmodel": ["gptqmodel==7.7.0", "accelerate==1.15.0"],
-    "compressed-tensors": ["compressed-tensors==0.20.0", "transformers==5.23.0", "accelerate==1.15.0", "torch"],
+    "compressed-tensors": [
+        "compressed-tensors==0.20.0",
+        "transformers==5.23.0",
+        "accelerate==1.15.0",
+        "torch",
+    ],
     "bitsandbytes": ["bitsandbytes==0.50.2", "transformers==5.23.0", "accelerate==1.15.0", "torch"],
 }
 
