@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,13 +19,16 @@ from .options import (
     Device,
     DtypeOption,
     EvalLength,
-    EvalText,
-    EvalWindows,
+    ProtocolName,
+    ScoredText,
     Seed,
     Stride,
+    Tasks,
     TimeIt,
+    WindowCount,
     speed_protocol,
     torch_dtype,
+    window_count,
 )
 from .quantize import load_config
 from .session import Debug, Json, session_of
@@ -32,8 +38,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..eval.record import Row
+    from ..eval.sweep import SweepResult
+
+
+class EngineName(StrEnum):
+    local = "local"
+    ray = "ray"
+
 
 SWEEP_EPILOG = """
+[bold]brise sweep results/smollm2/sweep.yaml --out results/smollm2 --jobs 2[/bold]
+
 [bold]brise sweep --model smollm2-135m --configs int8,nf4,gptq-nf4 --out results/mine[/bold]
 
 [bold]brise sweep --model ./checkpoint --configs nf4,mine.yaml --out results/mine --text corpus.txt#evaluation
@@ -44,20 +59,29 @@ REPORT_EPILOG = "[bold]brise report results/demo[/bold]"
 
 def sweep(
     ctx: typer.Context,
-    model: Annotated[str, typer.Option(metavar="SRC", help=SRC_HELP)],
+    spec: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[SPEC]", help="A YAML file of models, configs and metrics, in place of options."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For runs.jsonl, table.md and the pictures.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="SRC", help=SRC_HELP)] = None,
     configs: Annotated[
         str,
         typer.Option(
             "--configs", "-c", metavar="A,B,C", help="Presets and config files, with commas between."
         ),
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="For runs.jsonl, table.md and the picture.")],
+    ] = "",
     checkpoints: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="For the quantized checkpoints; the default is --out's."),
     ] = None,
-    text: EvalText = "boolq",
-    windows: EvalWindows = 16,
+    protocol: ProtocolName = "free",
+    text: ScoredText = None,
+    windows: WindowCount = None,
     length: EvalLength = 1024,
     stride: Stride = None,
     bos: BosOption = Bos.auto,
@@ -65,6 +89,7 @@ def sweep(
     dtype: DtypeOption = None,
     device: Device = "cpu",
     speed: TimeIt = True,
+    task: Tasks = None,
     seed: Seed = 0,
     calibration_text: Annotated[
         str | None, typer.Option(metavar="TEXT", help="In place of what the configs say; names as in --text.")
@@ -72,53 +97,102 @@ def sweep(
     calibration_windows: Annotated[
         int | None, typer.Option(min=1, help="In place of what the configs say; the rows say so.")
     ] = None,
+    once: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate-once/--sequential",
+            help="All Hessians from one pass over the unquantized model: many configs in the time of a few.",
+        ),
+    ] = False,
+    draws: Annotated[
+        int, typer.Option(min=0, help="Make each calibrated config on so many draws of its text.")
+    ] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=0, help="Cells at once, each in a process of its own; 0 runs them in this one.")
+    ] = 0,
+    engine: Annotated[
+        EngineName, typer.Option(help="local, or ray for a cluster (pip install brise[ray]).")
+    ] = EngineName.local,
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster; without it one is started here.")
+    ] = None,
+    gpus: Annotated[float, typer.Option(min=0, help="Per cell, on Ray.")] = 0,
+    retries: Annotated[int, typer.Option(min=0, help="Of a cell whose worker dies, on Ray.")] = 3,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Write table and picture at the end.")
     ] = True,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize a model in several ways, and measure each against it under one protocol.
+    """Quantize models in several ways, and measure each against its source under one protocol.
 
     What is done already is not done again. A configuration that fails does not stop the others, but then the
     command ends with exit code 1.
     """
     session = session_of(ctx)
+    if out is None:
+        raise typer.BadParameter("say where the rows go", param_hint="'--out'")
     if report and importlib.util.find_spec("matplotlib") is None:
         raise ImportError('the picture needs matplotlib: pip install "brise[demo]", or pass --no-report')
-    names = [name.strip() for name in configs.split(",") if name.strip()]
-    for name in names:  # a slip shows before anything is downloaded
-        load_config(name)
-    source = fetched(model, session)
+    options: dict[str, Any] = {
+        "checkpoints": checkpoints,
+        "note": session.note if spec is not None or jobs or engine == EngineName.ray else None,
+    }
+    run: Callable[..., SweepResult]
+    if spec is not None:
+        if model is not None or configs:
+            raise typer.BadParameter("a file says both itself", param_hint="'--model', '--configs'")
+        from ..eval.spec import load_spec, run_spec
 
+        plan = load_spec(spec)
+        run = partial(run_spec, plan, out, resolve=lambda name: fetched(name, session))
+    else:
+        names = [name.strip() for name in configs.split(",") if name.strip()]
+        if model is None or not names:
+            raise typer.BadParameter("give both, or a file", param_hint="'--model', '--configs'")
+        for name in names:  # a slip shows before anything is downloaded
+            load_config(name)
+
+        from ..eval.sweep import run_sweep
+
+        run = partial(run_sweep, fetched(model, session), names, out)
+        options |= {
+            "text": text,
+            "protocol": protocol,
+            "windows": window_count(windows, protocol),
+            "length": length,
+            "stride": stride,
+            "bos": bos.value,
+            "batch": batch,
+            "dtype": torch_dtype(dtype),
+            "device": device,
+            "speed": speed_protocol(speed),
+            "tasks": task or (),
+            "seed": seed,
+            "calibration_text": calibration_text,
+            "calibration_windows": calibration_windows,
+            "calibrate_once": once,
+            "draws": draws,
+        }
     from ..eval.provenance import command_line
-    from ..eval.report import write_report
-    from ..eval.sweep import run_sweep
 
+    if engine == EngineName.ray:
+        from ..eval.engine_ray import OnRay
+
+        options["engine"] = OnRay(address, gpus=gpus, retries=retries)
+    elif jobs:
+        from ..eval.engines import Processes
+
+        options["engine"] = Processes(jobs)
     with session.progress() as bars:
-        result = run_sweep(
-            source,
-            names,
-            out,
-            checkpoints=checkpoints,
-            text=text,
-            windows=windows or None,
-            length=length,
-            stride=stride,
-            bos=bos.value,
-            batch=batch,
-            dtype=torch_dtype(dtype),
-            device=device,
-            speed=speed_protocol(speed),
-            seed=seed,
-            calibration_text=calibration_text,
-            calibration_windows=calibration_windows,
-            command=command_line(),
-            progress=bars,
-        )
+        result = run(command=command_line(), progress=bars, **options)
     for problem in result.problems:
         session.note(problem)
-    files = write_report(out).files if report else []
+    files: list[Path] = []
+    if report:
+        from ..eval.report import write_report
+
+        files = write_report(out).files
     document = {
         "out": str(out),
         "rows": [row.to_dict() for row in result.rows],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -97,10 +96,16 @@ class Cell:
     def _run_source(self, progress: Progress) -> Row:
         how = self.setting if self.timed else without_timing(self.setting)
         row, baseline = measure_source(
-            self.source, how, info=self.info, name=SOURCE, out=self.out, progress=progress
+            self.source,
+            how,
+            info=self.info,
+            name=SOURCE,
+            key=self.key,
+            out=self.out,
+            progress=progress,
         )
         write_baseline(baseline_path(self.baselines, self.info, self.setting), baseline)
-        return dataclasses.replace(row, key=self.key)
+        return row
 
     def _made_before(self) -> float | None:
         """The seconds that making this very checkpoint took, or None if it is not there."""
@@ -125,6 +130,7 @@ class Cell:
                 load_tokenizer(self.source),
                 windows=config.calibration.windows,
                 length=config.calibration.length,
+                seed=config.calibration.seed,
                 bos=self.bos,
             )
         # only what a sweep left may be replaced: another folder of this name is the user's
@@ -137,7 +143,14 @@ class Cell:
             progress("quantize", done, total)
 
         quantize_checkpoint(
-            self.source, self.folder, config, calibration=ids, overwrite=ours, progress=report
+            self.source,
+            self.folder,
+            config,
+            calibration=ids,
+            overwrite=ours,
+            # shared by all cells of the sweep that take them from one pass
+            hessians=self.store / CELLS / HESSIANS,
+            progress=report,
         )
         seconds = time.perf_counter() - begin
         self._mark(seconds)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..model.checkpoint import load_model, load_tokenizer, resolve_source
 from .data import Text
-from .logprobs import cache_key, load_baseline, save_baseline
+from .logprobs import cache_key, load_baseline, read_kld, save_baseline
 from .memory import gpu_peak, kv_cache_bytes, ledger_of_checkpoint, loaded_bytes, process_peak
 from .memory_peaks import current_peak, measure_peaks, start_phase
 from .model_info import ModelInfo, model_info, quantization_of
@@ -74,10 +74,16 @@ def evaluate(
 def baseline_of(
     model: str | Path, setting: Setting, cache: str | Path | None = None, progress: Progress | None = None
 ) -> Predictions:
-    """The predictions of ``model`` on the setting's windows; with a cache from there, where it has been before."""
+    """The predictions of ``model`` on the setting's windows; with a cache from there, where it has been before.
+
+    ``model`` may be llama.cpp's file of them (``.kld``); then the setting must be of the protocol ``llamacpp-512``.
+    """
+    windows = setting.windows
+    if str(model).endswith(".kld") and Path(model).is_file():
+        bos = int(windows.ids[0, 0]) if windows.bos else None
+        return read_kld(Path(model), bos)[0]
     source = resolve_source(model)
     info = model_info(source, str(model))
-    windows = setting.windows
     folder = None
     if cache is not None:
         folder = Path(cache) / cache_key(info, windows, setting.dtype, setting.device.type)
@@ -112,11 +118,12 @@ def measure_source(
     *,
     info: ModelInfo | None = None,
     name: str | None = None,
+    key: str | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Row, Baseline]:
     """The row of the model that others are compared with, and the baseline for them, from one pass."""
-    row, measured = _measure(folder, setting, None, info, name, None, None, out, progress, keep=True)
+    row, measured = _measure(folder, setting, None, info, name, key, None, out, progress, keep=True)
     assert measured is not None
     return row, measured
 
@@ -158,9 +165,7 @@ def _measure(
     )
     peaks = speeds = None
     if setting.speed is not None:
-        peaks = measure_peaks(
-            model, load_peak, setting.speed.prompt, setting.speed.new_tokens, setting.seed
-        )
+        peaks = measure_peaks(model, load_peak, setting.speed.prompt, setting.speed.new_tokens, setting.seed)
     if setting.batches and setting.contexts:
         speeds = measure_speeds(
             model, setting.batches, setting.contexts, setting.speed, seed=setting.seed, progress=progress

@@ -227,7 +227,11 @@ def read_kld(path: Path, bos_id: int | None = None) -> tuple[LogProbs, Windows]:
     for window in range(count):
         part = decode_rows(np.array(rows[window * scored : (window + 1) * scored]), vocab)
         nll[window] = -part.gather(1, tokens[window, first[0] :, None]).double().sum()
-    return LogProbs(rows, vocab, _starts(windows), windows.sha256, nll, None), windows
+    with path.open("rb") as file:
+        info = ModelInfo(
+            path.name, hashlib.file_digest(file, "sha256").hexdigest(), "log-probabilities of a file"
+        )
+    return LogProbs(rows, vocab, _starts(windows), windows.sha256, nll, info), windows
 
 
 def _starts(windows: Windows) -> tuple[tuple[int, int], ...]:

@@ -1,10 +1,11 @@
-"""The picture: perplexity against memory, every point labelled, no label on another."""
+"""The pictures: a quantity against memory, every point labelled, no label on another, and the Pareto front."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .record import Row
 
@@ -17,11 +18,106 @@ STYLES = {
 }
 
 
-def plot_group(rows: Sequence[Row], source: Row | None, path: Path, title: str) -> list[Path]:
-    """Draw rows of one protocol to ``path`` with the suffixes .svg and .png, and return the two files.
+class Box(NamedTuple):
+    """A rectangle in pixels."""
 
-    The bars are one standard error of the perplexity's ratio to the source's, paired over the windows, times
-    the source's perplexity: the error by which methods are told apart. A row without a source has its own.
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is drawn against memory.
+
+    Attributes:
+        name: in the file's name. label: of the axis.
+        value: of a row, None where it was not measured. bar: how far its error reaches down and up.
+        less_is_better: decides the Pareto front.
+        reference: whether the source's height is a line, with a scale of per cent above it.
+    """
+
+    name: str
+    label: str
+    value: Callable[[Row], float | None]
+    bar: Callable[[Row, Row | None], tuple[float, float]]
+    less_is_better: bool = True
+    reference: bool = False
+
+
+def error_of(row: Row, source: Row | None) -> float | None:
+    """One standard error of the perplexity's ratio to the source's, paired over the windows, times the source's
+    perplexity: the error by which methods are told apart. A row without a source has its own.
+    """
+    if row.relative is not None and source is not None:
+        paired = row.relative.stderr
+        return None if paired is None else paired * source.perplexity.value
+    return None if row is source else row.perplexity.stderr
+
+
+def _perplexity_bar(row: Row, source: Row | None) -> tuple[float, float]:
+    error = error_of(row, source) or 0.0
+    return error, error
+
+
+def _kl_bar(row: Row, source: Row | None) -> tuple[float, float]:
+    error = row.divergence.kl_stderr or 0.0 if row.divergence is not None else 0.0
+    return error, error
+
+
+def _speed_bar(row: Row, source: Row | None) -> tuple[float, float]:
+    if row.speed is None:
+        return 0.0, 0.0
+    rate = row.speed.decode
+    return rate.median - rate.p20, rate.p80 - rate.median
+
+
+PERPLEXITY = Quantity(
+    "perplexity",
+    "perplexity (lower is better)",
+    lambda r: r.perplexity.value,
+    _perplexity_bar,
+    reference=True,
+)
+QUANTITIES = (
+    PERPLEXITY,
+    Quantity(
+        "kl",
+        "KL to the source, nats a token (lower is better)",
+        lambda r: None if r.divergence is None else r.divergence.kl,
+        _kl_bar,
+    ),
+    Quantity(
+        "speed",
+        "decode, tokens a second (higher is better)",
+        lambda r: None if r.speed is None else r.speed.decode.median,
+        _speed_bar,
+        less_is_better=False,
+    ),
+)
+
+
+def front(points: Sequence[tuple[float, float]], less_is_better: bool = True) -> list[int]:
+    """Indices of the points (memory, quantity) that no other beats in one and equals in the other, by memory.
+
+    Of equal points the first counts.
+    """
+    sign = 1.0 if less_is_better else -1.0
+    order = sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1], i))
+    kept: list[int] = []
+    best = float("inf")
+    for index in order:
+        if sign * points[index][1] < best:
+            best = sign * points[index][1]
+            kept.append(index)
+    return kept
+
+
+def plot_group(
+    rows: Sequence[Row], source: Row | None, path: Path, title: str, quantity: Quantity = PERPLEXITY
+) -> list[Path]:
+    """Draw rows of one protocol to ``path`` with the suffixes .svg and .png, and return the two files.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -44,9 +140,9 @@ def plot_group(rows: Sequence[Row], source: Row | None, path: Path, title: str) 
         figure = Figure(figsize=(8, 5), dpi=160, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        _draw(axes, rows, source)
+        _draw(axes, rows, source, quantity)
         axes.set_title(title, loc="left", fontsize=10, color="#333333")
-        _label(figure, axes, rows)
+        _label(figure, axes, rows, quantity)
         files = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
         figure.savefig(files[0], metadata={"Date": None})
         figure.savefig(files[1])
@@ -62,32 +158,26 @@ def kind_of(row: Row) -> str:
     return "rtn" if row.algorithms == {"rtn"} else "other"
 
 
-def error_of(row: Row, source: Row | None) -> float | None:
-    """Half the length of a row's bar: see :func:`plot_group`."""
-    if row.relative is not None and source is not None:
-        paired = row.relative.stderr
-        return None if paired is None else paired * source.perplexity.value
-    return None if row is source else row.perplexity.stderr
-
-
-def _draw(axes: Any, rows: Sequence[Row], source: Row | None) -> None:
-    values = [row.perplexity.value for row in rows]
-    if max(values) > 4 * min(values):
+def _draw(axes: Any, rows: Sequence[Row], source: Row | None, quantity: Quantity = PERPLEXITY) -> None:
+    rows = [row for row in rows if quantity.value(row) is not None]
+    values = [_height(row, quantity) for row in rows]
+    if min(values) > 0 and max(values) > 4 * min(values):
         axes.set_yscale("log")
     if max(r.memory.bytes for r in rows) > 2.5 * min(r.memory.bytes for r in rows):
         axes.set_xscale("log")
     for axis in (axes.xaxis, axes.yaxis):
         _plain_ticks(axis)
-    if source is not None:
-        axes.axhline(source.perplexity.value, color="#999999", linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
+    if source is not None and quantity.reference:
+        height = _height(source, quantity)
+        axes.axhline(height, color="#999999", linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
     for kind, (color, marker, label) in STYLES.items():
         chosen = [row for row in rows if kind_of(row) == kind]
         if not chosen:
             continue
         axes.errorbar(
             [row.memory.bytes / 1e6 for row in chosen],
-            [row.perplexity.value for row in chosen],
-            yerr=[error_of(row, source) or 0.0 for row in chosen],
+            [_height(row, quantity) for row in chosen],
+            yerr=list(zip(*(quantity.bar(row, source) for row in chosen))),
             linestyle="none",
             marker=marker,
             markersize=11 if kind == "source" else 6.5,
@@ -100,14 +190,24 @@ def _draw(axes: Any, rows: Sequence[Row], source: Row | None) -> None:
             label=label,
             zorder=3,
         )
+    points = [(row.memory.bytes / 1e6, _height(row, quantity)) for row in rows]
+    best = [points[i] for i in front(points, quantity.less_is_better)]
+    if len(best) > 1:
+        axes.plot(*zip(*best), color="#bbbbbb", linewidth=1.2, zorder=2, label="Pareto front")
     axes.margins(x=0.12, y=0.12)
     axes.grid(True, color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.set_xlabel("size of the checkpoint, MB (everything counted)")
-    axes.set_ylabel("perplexity (lower is better)")
-    if source is not None:
-        _percent_axis(axes, source.perplexity.value)
+    axes.set_ylabel(quantity.label)
+    if source is not None and quantity.reference:
+        _percent_axis(axes, _height(source, quantity))
     axes.legend(frameon=False, loc="best", fontsize=9)
+
+
+def _height(row: Row, quantity: Quantity) -> float:
+    value = quantity.value(row)
+    assert value is not None
+    return value
 
 
 def _plain_ticks(axis: Any) -> None:
@@ -132,7 +232,7 @@ def _percent_axis(axes: Any, reference: float) -> None:
     right.set_ylabel("against the source")
 
 
-def _label(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
+def _label(figure: Any, axes: Any, rows: Sequence[Row], quantity: Quantity = PERPLEXITY) -> None:
     """Write each row's name beside its point, where it covers no point, bar or other name.
 
     Places around a point are tried from near to far; the first that is free is taken, and a name that is not
@@ -140,20 +240,19 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
     """
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
-    from matplotlib.transforms import Bbox
-
+    rows = [row for row in rows if quantity.value(row) is not None]
     scale = figure.dpi / 72
-    frame = axes.get_window_extent(renderer)
-    points = [axes.transData.transform((row.memory.bytes / 1e6, row.perplexity.value)) for row in rows]
-    taken = [Bbox.from_extents(x - 7 * scale, y - 7 * scale, x + 7 * scale, y + 7 * scale) for x, y in points]
+    frame = _box(axes.get_window_extent(renderer))
+    points = [axes.transData.transform((row.memory.bytes / 1e6, _height(row, quantity))) for row in rows]
+    taken = [Box(x - 7 * scale, y - 7 * scale, x + 7 * scale, y + 7 * scale) for x, y in points]
     for container in axes.containers:
-        taken += [line.get_window_extent(renderer) for line in container.lines[2]]
+        taken += [_box(line.get_window_extent(renderer)) for line in container.lines[2]]
     if axes.lines and axes.lines[0].get_linestyle() == "--":  # the source's height: no name is struck through
         height = points[0][1] if rows[0].is_source else frame.y0
-        taken.append(Bbox.from_extents(frame.x0, height - scale, frame.x1, height + scale))
+        taken.append(Box(frame.x0, height - scale, frame.x1, height + scale))
     legend = axes.get_legend()
     if legend is not None:
-        taken.append(legend.get_window_extent(renderer))
+        taken.append(_box(legend.get_window_extent(renderer)))
     for row, (x, y) in zip(rows, points):
         text = axes.annotate(
             row.name, (x, y), xycoords="figure pixels", fontsize=8.5, color=STYLES[kind_of(row)][0], zorder=4
@@ -184,11 +283,13 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
         )
 
 
-def _places(x: float, y: float, width: float, height: float, scale: float) -> list[tuple[Any, float]]:
+def _box(extent: Any) -> Box:
+    return Box(extent.x0, extent.y0, extent.x1, extent.y1)
+
+
+def _places(x: float, y: float, width: float, height: float, scale: float) -> list[tuple[Box, float]]:
     """Boxes for a name around a point, in pixels, with their distance, near ones first."""
     from math import cos, pi, sin
-
-    from matplotlib.transforms import Bbox
 
     places = []
     for distance in (9, 14, 20, 28, 38, 50, 64):
@@ -196,7 +297,7 @@ def _places(x: float, y: float, width: float, height: float, scale: float) -> li
             angle = 2 * pi * step / 16
             cx = x + (distance * scale + width / 2) * cos(angle)
             cy = y + (distance * scale + height / 2) * sin(angle)
-            box = Bbox.from_extents(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
+            box = Box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
             places.append((box, distance * scale))
     return places
 

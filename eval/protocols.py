@@ -158,9 +158,7 @@ def _overlapping(rule: NamedProtocol, text: Text, tokenizer: Any, count: int | N
 def _documents(rule: NamedProtocol, text: Text, tokenizer: Any, count: int | None) -> Windows:
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:
-        raise TextError(
-            f"{rule.name} puts BOS or EOS before every document, and the tokenizer has neither"
-        )
+        raise TextError(f"{rule.name} puts BOS or EOS before every document, and the tokenizer has neither")
     clean = _detokenizer() if text.name == PAGES else (lambda page: page)
     pieces: list[tuple[Tensor, int]] = []
     documents: list[int] = []

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from .compare import WindowSums
 from .data import FREE
 from .divergence import Divergence
-from .model_info import ModelInfo
 from .memory_peaks import Peaks
+from .model_info import ModelInfo
 from .perplexity import Perplexity, Relative, WordPerplexity
 from .provenance import Provenance
 from .speed import Speed, SpeedPoint, SpeedProtocol
@@ -177,6 +177,11 @@ class Row:
         """The algorithms that chose the codes of the quantized modules, by name."""
         return _found(self.config, "algorithm")
 
+    @property
+    def formats(self) -> set[str]:
+        """The formats of the quantized modules, by name."""
+        return _found(self.config, "format")
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -289,7 +294,9 @@ def _build(cls: type[T], data: Any, where: str) -> T:
     hints = typing.get_type_hints(cls)
     if unknown := sorted(set(data) - set(hints)):
         raise RecordError(f"{where}: unknown field {unknown[0]}")
-    later = {f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.default is not dataclasses.MISSING}
+    later = {
+        f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.default is not dataclasses.MISSING
+    }
     if missing := sorted(set(hints) - set(data) - later):
         raise RecordError(f"{where}: the field {missing[0]} is missing")
     return cls(**{n: _value(hint, data[n], f"{where}.{n}") for n, hint in hints.items() if n in data})

@@ -5,20 +5,27 @@ Figures under different protocols, or against different sources, never stand in 
 
 from __future__ import annotations
 
-import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .bootstrap import Interval
+from .data import FREE
+from .draws import spread_over_draws
+from .html import write_page
 from .memory import human_bytes
-from .plot import plot_group
-from .record import ROWS, Row, read_rows
+from .plot import QUANTITIES, plot_group
+from .plot_layers import plot_layers
+from .record import EXACT, ROWS, Row, read_rows
 from .speed import Rate
 
 TABLE = "table.md"
-PICTURE = "memory-perplexity"
+PAGE = "report.html"
+PICTURE = "memory-{}"
+LAYERS = "error-by-layer"
 NOTHING = "–"
 
 
@@ -47,7 +54,9 @@ class Report:
 
 
 def write_report(folder: str | Path) -> Report:
-    """Write ``table.md`` and the picture (SVG and PNG) of the rows in ``folder/runs.jsonl``.
+    """Write ``table.md``, the pictures (SVG and PNG) and ``report.html`` of the rows in ``folder/runs.jsonl``.
+
+    A picture is drawn of what two rows or more have; the page is left out, and said to be, without plotly.
 
     Raises:
         ReportError: there are no rows.
@@ -64,7 +73,17 @@ def write_report(folder: str | Path) -> Report:
     files = [table]
     for number, group in enumerate(groups, 1):
         suffix = "" if len(groups) == 1 else f"-{number}"
-        files += plot_group(group.rows, group.source, folder / f"{PICTURE}{suffix}", title(group))
+        for quantity in QUANTITIES:
+            measured = [row for row in group.rows if quantity.value(row) is not None]
+            if quantity.reference or len(measured) > 1:
+                path = folder / f"{PICTURE.format(quantity.name)}{suffix}"
+                files += plot_group(group.rows, group.source, path, title(group), quantity)
+        if any(row.layers for row in group.rows):
+            files += plot_layers(group.rows, folder / f"{LAYERS}{suffix}", title(group))
+    if importlib.util.find_spec("plotly") is None:
+        problems.append('report.html was left out: it needs plotly (pip install "brise[report]")')
+    else:
+        files.append(write_page([(title(group), group.rows) for group in groups], folder / PAGE))
     return Report(files, problems)
 
 
@@ -93,6 +112,11 @@ COLUMNS: tuple[Column, ...] = (
     ("bits/weight", True, lambda r, s: f"{r.memory.bits_per_weight:.2f}"),
     ("perplexity", True, lambda r, s: pm(r.perplexity.value, r.perplexity.stderr, 2)),
     (
+        "perplexity by the word",
+        True,
+        lambda r, s: NOTHING if r.words is None else pm(r.words.value, r.words.stderr, 2),
+    ),
+    (
         "against source, %",
         True,
         lambda r, s: NOTHING if r.relative is None else pm(r.relative.value, r.relative.stderr, 1, 100, "+"),
@@ -109,6 +133,17 @@ COLUMNS: tuple[Column, ...] = (
             NOTHING if r.divergence is None else pm(r.divergence.top1, r.divergence.top1_stderr, 1, 100)
         ),
     ),
+    (
+        "KL p99",
+        True,
+        lambda r, s: (
+            NOTHING
+            if r.divergence is None or r.divergence.details is None
+            else interval(r.divergence.details.p99, 3)
+        ),
+    ),
+    ("tasks", False, lambda r, s: task_text(r)),
+    ("KV cache, MB", True, lambda r, s: NOTHING if r.variant is None else f"{r.variant.kv_bytes / 1e6:.2f}"),
     ("prefill, tokens/s", True, lambda r, s: NOTHING if r.speed is None else spread(r.speed.prefill)),
     ("decode, tokens/s", True, lambda r, s: NOTHING if r.speed is None else spread(r.speed.decode)),
     ("made in, s", True, lambda r, s: NOTHING if r.quantize_seconds is None else f"{r.quantize_seconds:.0f}"),
@@ -137,7 +172,11 @@ def title(group: Group) -> str:
     p = group.rows[0].protocol
     model = group.rows[0].baseline or group.rows[0].model
     stride = "" if p.stride >= p.length - 1 else f", stride {p.stride}"
-    return f"{model.name} on {p.text}: {p.windows} windows of {p.length} tokens{stride}, {p.dtype}"
+    name = "" if p.name == FREE else f", {p.name}"
+    kept = "" if p.baseline == EXACT else f", baseline in {p.baseline}"
+    return (
+        f"{model.name} on {p.text}{name}: {p.windows} windows of {p.length} tokens{stride}, {p.dtype}{kept}"
+    )
 
 
 def notes(group: Group) -> Iterator[str]:
@@ -156,6 +195,13 @@ def notes(group: Group) -> Iterator[str]:
         f"- The KV cache of {memory.kv_length} tokens adds {human_bytes(memory.kv_cache)} "
         f"to each, in {p.dtype}."
     )
+    for drawn in spread_over_draws(group.rows):
+        yield f"- {drawn.in_words()}."
+    if any(((row.config or {}).get("calibration") or {}).get("hessians") == "once" for row in group.rows):
+        yield (
+            '- "once" beside a calibration: all Hessians from one pass over the unquantized model, an approximation of '
+            "the sequential GPTQ that stands beside it."
+        )
     where = first.provenance
     if p.speed is not None:
         yield (
@@ -175,7 +221,23 @@ def calibration(row: Row) -> str:
     data: dict[str, Any] | None = (row.config or {}).get("calibration")
     if not data or row.algorithms <= {"rtn"}:
         return NOTHING
-    return f"{data['windows']} × {data['length']} of {Path(str(data['text'])).name}"
+    once = ", once" if data.get("hessians") == "once" else ""
+    seed = "" if data.get("seed") is None else f", seed {data['seed']}"
+    return f"{data['windows']} × {data['length']} of {Path(str(data['text'])).name}{once}{seed}"
+
+
+def task_text(row: Row) -> str:
+    """``arc_easy_offline:200 0.500 ± 0.035; …``, or a dash."""
+    found = [f"{name} {pm(score.value, score.stderr, 3)}" for name, score in (row.tasks or {}).items()]
+    return "; ".join(found) or NOTHING
+
+
+def interval(value: Interval, digits: int) -> str:
+    """``1.234 (1.100–1.400)``; the value alone where there is no interval."""
+    text = f"{value.value:.{digits}f}"
+    if value.low is None or value.high is None:
+        return text
+    return f"{text} ({value.low:.{digits}f}–{value.high:.{digits}f})"
 
 
 def pm(value: float, stderr: float | None, digits: int, scale: float = 1.0, sign: str = "") -> str:

@@ -162,6 +162,7 @@ def score(
     baseline: Predictions | None = None,
     *,
     batch: int = 1,
+    cache: Callable[[], Any] | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """Score every window once.
@@ -171,6 +172,7 @@ def score(
         windows: what to score.
         baseline: of the same windows.
         batch: windows a forward pass.
+        cache: makes the cache that a forward pass reads keys and values through; None runs without one.
         progress: called with ("score", windows done, windows in all).
 
     Raises:
@@ -181,7 +183,7 @@ def score(
         raise ValueError(
             "the baseline was measured on other windows (text, tokenizer, length, count or stride)"
         )
-    return _score(model, windows, baseline, batch, progress, "score", None)
+    return _score(model, windows, baseline, batch, progress, "score", None, cache=cache)
 
 
 # called with a window and the logits at its scored positions, part by part
@@ -198,6 +200,7 @@ def _score(
     stage: str,
     keep: list[Tensor] | None,
     listen: Listener | None = None,
+    cache: Callable[[], Any] | None = None,
 ) -> Scores:
     model.eval()
     head = model.get_output_embeddings()
@@ -211,7 +214,8 @@ def _score(
         ids = windows.ids[start : start + batch].to(device)
         # windows of unequal lengths are one token longer than what a model is fed: the last is only predicted
         fed = ids if windows.stop is None else ids[:, :-1]
-        hidden = model.get_decoder()(input_ids=fed, use_cache=False).last_hidden_state
+        held = {} if cache is None else {"past_key_values": cache()}
+        hidden = model.get_decoder()(input_ids=fed, use_cache=bool(held), **held).last_hidden_state
         if keep is not None:
             keep.append(hidden.cpu())
         for row in range(len(ids)):

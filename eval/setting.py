@@ -121,9 +121,7 @@ def make_setting(
             )
         if text is None or isinstance(text, str):
             text = load_text(text or "boolq", "evaluation", cache_dir)
-        cut = make_windows(
-            text, load_tokenizer(source), length=length, count=windows, stride=stride, bos=bos
-        )
+        cut = make_windows(text, load_tokenizer(source), length=length, count=windows, stride=stride, bos=bos)
     else:
         rule = protocol_of(protocol)
         if stride is not None or bos != "auto":

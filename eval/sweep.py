@@ -68,6 +68,8 @@ def run_sweep(
     bos: Bos = "auto",
     calibration_windows: int | None = None,
     calibration_text: str | None = None,
+    calibrate_once: bool = False,
+    draws: int = 0,
     engine: Engine | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
@@ -83,6 +85,9 @@ def run_sweep(
         checkpoints: where configuration NAME becomes the checkpoint ``NAME``; None is ``out``.
         text, bos, setting: see :func:`brise.eval.setting.make_setting`.
         calibration_windows, calibration_text: in place of what the configurations say; the rows say so.
+        calibrate_once: all Hessians from one pass over the unquantized model (:mod:`brise.model.hessian_store`).
+        draws: make each calibrated configuration so many times, each on windows of another seed, as NAME.d0 and so on
+            (the rows' spread is what the choice of text does); 0 makes it once, on the text's first windows.
         engine: where cells run; None is here, one after the other.
         progress: called with (stage, done, total); stages of a cell begin with its name, ``cells`` counts them.
         note: called with a line on how far the sweep is and how long it will take, after every cell.
@@ -92,7 +97,7 @@ def run_sweep(
         TextError: calibration and evaluation share passages, or a text is missing or too short.
         RecordError: ``out/runs.jsonl`` holds something else than rows.
     """
-    plan = plan_configs(configs, calibration_windows, calibration_text)
+    plan = plan_configs(configs, calibration_windows, calibration_text, calibrate_once, draws)
     out = Path(out)
     store = out if checkpoints is None else Path(checkpoints)
     source = resolve_source(model)
@@ -176,6 +181,8 @@ def plan_configs(
     configs: Sequence[str | Path] | Mapping[str, QuantConfig],
     windows: int | None = None,
     text: str | None = None,
+    once: bool = False,
+    draws: int = 0,
 ) -> dict[str, QuantConfig]:
     """Name -> configuration, all of them read before anything runs; calibration named anew where asked for.
 
@@ -200,12 +207,20 @@ def plan_configs(
     change: dict[str, Any] = {
         key: value for key, value in (("windows", windows), ("text", text)) if value is not None
     }
-    return {
-        name: dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, **change))
-        if config.needs_calibration
-        else config
-        for name, config in plan.items()
-    }
+    if once:
+        change |= {"hessians": "once", "target": "quantized", "true_sequential": False}
+    out: dict[str, QuantConfig] = {}
+    for name, config in plan.items():
+        if not config.needs_calibration:
+            out[name] = config
+            continue
+        for seed in range(draws) if draws else [None]:
+            own = change if seed is None else {**change, "seed": seed}
+            changed = dataclasses.replace(config.calibration, **own)
+            out[name if seed is None else f"{name}.d{seed}"] = dataclasses.replace(
+                config, calibration=changed
+            )
+    return out
 
 
 def _calibration_texts(

@@ -124,6 +124,7 @@ def run_tasks(
     try:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError('tasks need lm-eval: pip install "brise[tasks]"') from error
     lm = HFLM(
@@ -132,6 +133,8 @@ def run_tasks(
         batch_size=batch,
         max_length=getattr(model.config, "max_position_embeddings", None),
     )
+    # its index of built-in tasks takes half a minute, and those that ship need none of them
+    manager = TaskManager(include_defaults=not all(r.name.endswith("_offline") for r in requests))
     scores: dict[str, TaskScore] = {}
     items: dict[str, list[Item]] = {}
     for number, request in enumerate(requests):
@@ -143,6 +146,7 @@ def run_tasks(
             found = simple_evaluate(
                 model=lm,
                 tasks=[task],
+                task_manager=manager,
                 num_fewshot=0 if offline else None,
                 limit=request.limit,
                 log_samples=True,

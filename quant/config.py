@@ -149,6 +149,10 @@ class Calibration:
         target: ``quantized`` minimises ||(W - Q) X|| on the activations X of the quantized prefix, as GPTQ does;
             ``full`` minimises ||W X_full - Q X||, with X_full the activations of the unquantized model
             (GPTAQ, arXiv:2504.02692, in closed form).
+        hessians: ``sequential``: of the activations of the quantized prefix, as above; ``once``: all of them of the
+            unquantized model in one pass, which many configs can share (brise.model.hessian_store). An approximation:
+            no layer makes up for the errors of those before it.
+        seed: None takes the text's first windows, side by side; a number draws their places with that seed.
     """
 
     text: str = "boolq"
@@ -156,8 +160,19 @@ class Calibration:
     length: int = 1024
     true_sequential: bool = True
     target: str = "quantized"
+    hessians: str = "sequential"
+    seed: int | None = None
 
     def __post_init__(self) -> None:
+        if self.hessians not in ("sequential", "once"):
+            raise ConfigError(f"calibration hessians must be sequential or once, got {self.hessians!r}")
+        if self.hessians == "once" and (self.target != "quantized" or self.true_sequential):
+            raise ConfigError(
+                "calibration hessians once are of the unquantized model: set target to quantized and true_sequential "
+                "to false"
+            )
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
+            raise ConfigError(f"calibration seed must be a whole number or null, got {self.seed!r}")
         for name in ("windows", "length"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -172,6 +187,13 @@ class Calibration:
             raise ConfigError(f"calibration target must be quantized or full, got {self.target!r}")
         if self.target == "full" and not self.true_sequential:
             raise ConfigError("calibration target full goes through each block in true-sequential order")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As :meth:`from_dict` reads it; what came later and is as it always was is left out, so that older configs
+        are equal to what they were.
+        """
+        out = dataclasses.asdict(self)
+        return {k: v for k, v in out.items() if (k, v) not in (("hessians", "sequential"), ("seed", None))}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
@@ -199,7 +221,7 @@ class QuantConfig:
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"rules": [rule.to_dict() for rule in self.rules]}
         if self.needs_calibration or self.calibration != Calibration():
-            out["calibration"] = dataclasses.asdict(self.calibration)
+            out["calibration"] = self.calibration.to_dict()
         return out
 
     @classmethod

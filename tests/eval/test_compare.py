@@ -32,14 +32,19 @@ def test_under_chance_alone_a_p_below_a_twentieth_comes_once_in_twenty():
 
 
 def test_what_is_said():
-    a, b = sums([10.0, 12, 11, 13, 12, 10, 11], kl=[1.0] * 7), sums([11.0, 13, 12, 14, 13, 11, 12], kl=[1.0] * 7)
+    a, b = (
+        sums([10.0, 12, 11, 13, 12, 10, 11], kl=[1.0] * 7),
+        sums([11.0, 13, 12, 14, 13, 11, 12], kl=[1.0] * 7),
+    )
     ppl, kl = compare_sums(a, b)
     assert ppl.p == pytest.approx(2 / 2**7) and ppl.difference.value == pytest.approx(-0.1)
     assert ppl.in_words("nf4", "int4").startswith("nf4 is better than int4 in perplexity on these 7 windows")
     assert compare_sums(b, a)[0].in_words("int4", "nf4").startswith("nf4 is better than int4")
     assert kl.in_words().startswith("A and B are equal in KL") and kl.p == 1
     noise = compare_sums(sums([10.0, 12, 11]), sums([11.0, 11, 11.5]))[0]
-    assert noise.in_words().startswith("No difference in perplexity was shown") and len(noise.in_words()) < 200
+    assert (
+        noise.in_words().startswith("No difference in perplexity was shown") and len(noise.in_words()) < 200
+    )
     assert "one window says nothing" in compare_sums(sums([10.0]), sums([11.0]))[0].in_words()
     with pytest.raises(ValueError, match="the same windows"):
         compare_sums(a, sums([1.0, 2]))
@@ -53,7 +58,9 @@ def test_mcnemar_against_scipys_binomial():
     got = mcnemar("arc_easy", a, b)
     assert (got.both, got.only_a, got.only_b, got.neither) == (52, 8, 2, 38)
     assert got.p == pytest.approx(stats.binomtest(2, 10).pvalue)
-    assert got.in_words("x", "y").startswith("No difference in arc_easy was shown: x alone is right on 8 of 100")
+    assert got.in_words("x", "y").startswith(
+        "No difference in arc_easy was shown: x alone is right on 8 of 100"
+    )
     many = mcnemar("t", {i: i < 1500 for i in range(3000)}, {i: i >= 1600 for i in range(3000)})
     assert many.p == pytest.approx(stats.binomtest(1400, 2900).pvalue, rel=1e-6)
     assert mcnemar("t", a, a).p == 1

@@ -207,7 +207,9 @@ def test_the_cache_is_keyed_by_model_text_and_protocol(tiny_checkpoint, tiny_tex
     exact = evaluate(tiny_checkpoint, baseline=tiny_checkpoint, **how)
     assert exact.protocol.baseline == "exact" and exact.key != row.key
     (first,) = tmp_path.iterdir()
-    monkeypatch.setattr("brise.eval.evaluate.load_model", lambda *a, **k: pytest.fail("the baseline ran again"))
+    monkeypatch.setattr(
+        "brise.eval.evaluate.load_model", lambda *a, **k: pytest.fail("the baseline ran again")
+    )
     baseline_of(tiny_checkpoint, make_setting(tiny_checkpoint, **how), tmp_path)
     monkeypatch.undo()
     others = [{**how, "windows": 2}, {**how, "dtype": torch.bfloat16}]

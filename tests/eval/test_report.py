@@ -117,6 +117,34 @@ def test_columns_appear_with_what_was_measured():
     assert by_heading["calibration"] == ["–", "16 × 1024 of boolq"]
 
 
+def test_the_spread_over_draws_of_the_calibration_and_what_once_means():
+    rows = [make_row("source", 40, 20)]
+    for seed, value in ((0, 24.0), (1, 26.0)):
+        data = {"windows": 8, "length": 64, "text": "boolq", "seed": seed, "hessians": "once"}
+        config = {"calibration": data, "rules": [{"algorithm": "gptq", "format": "int4"}]}
+        rows.append(make_row(f"gptq.d{seed}", 12, value, kl=0.1 + 0.02 * seed, config=config))
+    text = markdown(group_rows(rows)[0])
+    line = next(line for line in text.splitlines() if "draws" in line)
+    assert line == (
+        "- gptq: perplexity 25.000 ± 1.414, KL 0.1100 ± 0.0141 over 2 draws of the calibration text "
+        "(standard deviation)."
+    )
+    assert "8 × 64 of boolq, once, seed 1" in text and "an approximation of the sequential GPTQ" in text
+    assert "draws" not in markdown(group_rows(rows[:2])[0])
+
+
+def test_the_tail_and_the_tasks_are_columns():
+    from brise.eval.bootstrap import Interval
+    from brise.eval.divergence import Details
+    from brise.eval.tasks import TaskScore
+
+    details = Details(*(Interval(0.5, 0.4, 0.6) for _ in range(9)), resamples=1000)
+    tasks = {"arc_easy_offline:100": TaskScore("acc_norm", 0.5, 0.05, 100, "0" * 64, "1.0")}
+    row = make_row("nf4", 12, 25, divergence=Divergence(0.1, 0.004, 0.9, 0.003, details), tasks=tasks)
+    text = markdown(group_rows([ROWS[2], row])[0])
+    assert "0.500 (0.400–0.600)" in text and "arc_easy_offline:100 0.500 ± 0.050" in text
+
+
 def test_one_window_has_no_error_and_says_none():
     row = dataclasses.replace(ROWS[2], perplexity=Perplexity(20.0, None, 3.0, None, 1023, 1))
     (group,) = group_rows([row])
@@ -165,8 +193,13 @@ def test_the_report_writes_table_and_pictures(tmp_path, crowded):
         append_row(tmp_path / "runs.jsonl", row)
     report = write_report(tmp_path)
     names = [file.name for file in report.files]
-    pictures = [f"memory-perplexity-{n}.{suffix}" for n in (1, 2) for suffix in ("svg", "png")]
-    assert names == ["table.md", *pictures] and report.problems == []
+    # of a single row only the perplexity is drawn, and what nobody measured is not
+    stems = ["memory-perplexity-1", "memory-kl-1", "memory-perplexity-2"]
+    pictures = [f"{stem}.{suffix}" for stem in stems for suffix in ("svg", "png")]
+    if importlib.util.find_spec("plotly"):
+        assert names == ["table.md", *pictures, "report.html"] and report.problems == []
+    else:
+        assert names == ["table.md", *pictures] and "needs plotly" in report.problems[0]
     assert (tmp_path / "table.md").read_text().count("### ") == 2
     for file in report.files[1:]:
         assert file.stat().st_size > 5000
@@ -231,3 +264,18 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
         monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"brise\[demo\]"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["demo", "gptq"])
+def test_rows_of_before_are_read_and_told_apart_from_nothing_that_is_new(folder):
+    from pathlib import Path
+
+    from brise.eval.evaluate import row_key
+    from brise.eval.record import read_rows
+
+    rows, problems = read_rows(Path(__file__).parents[2] / "results" / folder / "runs.jsonl")
+    assert len(rows) > 5 and problems == []
+    (source,) = [row for row in rows if row.is_source]
+    # a sweep of today finds it done: what came later is in no key where it says nothing
+    assert row_key(source.protocol, source.model.sha256) == source.key
+    assert len(group_rows(rows)) == 1 and source.protocol.name == "free"

@@ -88,3 +88,38 @@ def test_protocols_that_time_nothing(field):
         SpeedProtocol(**{field: 0})
     with pytest.raises(ValueError, match="warmup"):
         SpeedProtocol(warmup=-1)
+
+
+def test_a_grid_of_speeds_says_what_a_step_must_read(tiny_checkpoint):
+    from brise.eval.memory import kv_cache_bytes
+    from brise.eval.speed import measure_speeds
+    from brise.model.checkpoint import load_model
+
+    model = load_model(tiny_checkpoint)
+    protocol = SpeedProtocol(new_tokens=2, warmup=0, repeats=2)
+    seen = []
+    points = measure_speeds(model, (1, 3), (4, 16), protocol, progress=lambda *s: seen.append(s))
+    assert [(p.batch, p.context) for p in points] == [(1, 4), (1, 16), (3, 4), (3, 16)]
+    assert seen[-1] == ("speeds", 4, 4)
+    weights = sum(p.nbytes for p in model.parameters())  # the embedding is the head: it is read
+    rotary = sum(b.nbytes for b in model.buffers())
+    for point in points:
+        cache = kv_cache_bytes(model.config, point.context + 1, batch=point.batch)
+        assert point.bytes_a_step == weights + rotary + cache
+        assert point.bandwidth == pytest.approx(point.bytes_a_step * point.decode.median / point.batch)
+
+
+def test_peaks_are_of_their_phase(tiny_checkpoint):
+    from brise.eval.memory_peaks import measure_peaks
+    from brise.model.checkpoint import load_model
+
+    model = load_model(tiny_checkpoint)
+    peaks = measure_peaks(model, 123, 64, 2)
+    assert (peaks.prompt, peaks.new_tokens) == (64, 2)
+    if peaks.prefill is None:
+        pytest.skip("this system does not let a process's peak begin anew")
+    assert peaks.load == 123 and peaks.prefill > 10**6 and peaks.decode > 10**6
+    held = torch.empty(200_000_000, dtype=torch.uint8).fill_(1)
+    with_more = measure_peaks(model, None, 64, 2)
+    assert with_more.prefill - peaks.prefill > 150_000_000
+    del held

@@ -1,0 +1,130 @@
+"""A row repeated from what it says of itself, and two rows compared."""
+
+import dataclasses
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from brise.cli.main import app
+from brise.eval.compare import compare_sums
+from brise.eval.record import append_row, read_rows
+from brise.eval.rerun import RerunError, find_row, rerun
+from brise.eval.sweep import run_sweep
+from brise.quant.config import Calibration, QuantConfig, QuantSpec, Rule
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_checkpoint, tiny_text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("rows")
+    text = f"{tiny_text}#evaluation"
+    spec = QuantSpec(format="int3", group_size=32, algorithm="gptq")
+    calibration = Calibration(text=f"{tiny_text}#calibration", windows=3, length=32, seed=4)
+    configs = {
+        "gptq": QuantConfig((Rule(("*layers.*",), spec),), calibration),
+        "int2": QuantConfig((Rule(("*layers.*",), QuantSpec(format="int2", group_size=64)),)),
+    }
+    result = run_sweep(tiny_checkpoint, configs, out, text=text, windows=6, length=32)
+    assert not result.failures
+    return out
+
+
+def test_a_row_is_repeated_to_the_bit(swept, tiny_checkpoint):
+    for name in ("source", "gptq"):
+        found = rerun(find_row(swept, name), tiny_checkpoint)
+        assert found.agrees, found.in_words()
+        assert found.now.perplexity == found.before.perplexity and found.now.sums == found.before.sums
+        assert found.in_words() == f"All 7 figures of {name} agree to the bit."
+
+
+def test_figures_that_differ_are_named(swept, tiny_checkpoint):
+    row = find_row(swept, "int2")
+    other = dataclasses.replace(
+        row,
+        perplexity=dataclasses.replace(row.perplexity, value=row.perplexity.value * 1.5),
+        provenance=dataclasses.replace(row.provenance, versions={**row.provenance.versions, "torch": "1.0"}),
+    )
+    found = rerun(other, tiny_checkpoint)
+    assert not found.agrees
+    says = found.in_words()
+    assert (
+        says.startswith("1 of 7 figures of int2 differ, most of all perplexity") and "torch 1.0 then" in says
+    )
+
+
+def test_what_cannot_be_repeated(swept, tiny_checkpoint, made, tmp_path, tiny_text):
+    row = find_row(swept, "int2")
+    with pytest.raises(RerunError, match="expected the model tiny of sha256"):
+        rerun(row, made / "single")
+    with pytest.raises(RerunError, match="expected a row nf9 in"):
+        find_row(swept, "nf9")
+    text = tmp_path / "other.txt"
+    text.write_text(tiny_text.read_text().replace("wind", "rain"))
+    with pytest.raises(RerunError, match="gives other tokens"):
+        rerun(row, tiny_checkpoint, text=f"{text}#evaluation")
+    with pytest.raises(RerunError, match="made by another library"):
+        rerun(dataclasses.replace(row, config={"bits": 4}), tiny_checkpoint)
+    append_row(tmp_path / "runs.jsonl", row)
+    append_row(tmp_path / "runs.jsonl", dataclasses.replace(row, key="f" * 64))
+    with pytest.raises(RerunError, match="the name of 2 rows"):
+        find_row(tmp_path, "int2")
+    assert find_row(tmp_path, "ffffff").key == "f" * 64
+
+
+def test_the_command_rerun(swept, tiny_checkpoint):
+    done = invoke("rerun", swept, "int2", "--model", tiny_checkpoint, "--json")
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["agrees"] and {f["name"] for f in said["figures"]} >= {"perplexity", "KL", "bytes"}
+    wrong = invoke("rerun", swept, "nf9", "--model", tiny_checkpoint)
+    assert wrong.exit_code == 1 and "there are gptq, int2, source" in wrong.stderr
+
+
+def test_the_command_compare(swept, tiny_checkpoint, tiny_text):
+    done = invoke("compare", "gptq", "int2", "--rows", swept, "--json")
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    sums = [find_row(swept, name).sums for name in ("gptq", "int2")]
+    assert said["in_words"] == [c.in_words("gptq", "int2") for c in compare_sums(*sums)]
+    assert [c["what"] for c in said["windows"]] == ["perplexity", "KL"]
+    how = ["--text", f"{tiny_text}#evaluation", "--windows", 6, "--length", 32]
+    again = invoke("compare", swept / "gptq", swept / "int2", "--baseline", tiny_checkpoint, *how, "--json")
+    assert again.exit_code == 0, again.stderr
+    repeated = json.loads(again.stdout.splitlines()[-1])
+    assert [c["a"] for c in repeated["windows"]] == [c["a"] for c in said["windows"]]
+    assert [c["p"] for c in repeated["windows"]] == [c["p"] for c in said["windows"]]
+
+
+def test_rows_that_are_not_to_be_compared(swept, tmp_path):
+    rows = read_rows(swept / "runs.jsonl")[0]
+    append_row(tmp_path / "runs.jsonl", dataclasses.replace(rows[1], sums=None, name="old"))
+    other = dataclasses.replace(rows[2], protocol=dataclasses.replace(rows[2].protocol, name="gptq-2048"))
+    for row in (rows[1], other):
+        append_row(tmp_path / "runs.jsonl", dataclasses.replace(row, key=row.name * 9))
+    old = invoke("compare", "old", "int2", "--rows", tmp_path)
+    assert old.exit_code == 1 and "old was measured before sums by window were kept" in old.stderr
+    apart = invoke("compare", "gptqgptq", "int2", "--rows", tmp_path)
+    assert apart.exit_code == 1 and "different protocols" in apart.stderr
+
+
+def test_the_command_baseline(tiny_checkpoint, tiny_text, tmp_path, monkeypatch):
+    from brise.eval.protocols import PROTOCOLS, NamedProtocol
+
+    monkeypatch.setitem(
+        PROTOCOLS, "llamacpp-512", NamedProtocol("llamacpp-512", 32, 32, "second-half", raw=True)
+    )
+    path = tmp_path / "base.kld"
+    done = invoke("baseline", tiny_checkpoint, path, "--text", tiny_text, "--windows", 3, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["windows"] == 3
+    assert path.read_bytes()[:8] == b"_logits_"
+    how = ["--protocol", "llamacpp-512", "--text", tiny_text, "--windows", 3, "--no-speed", "--json"]
+    row = invoke("eval", tiny_checkpoint, "--baseline", path, *how)
+    assert row.exit_code == 0, row.stderr
+    said = json.loads(row.stdout.splitlines()[-1])
+    assert said["protocol"]["baseline"] == "16-bit" and abs(said["divergence"]["kl"]) < 1e-6
+    assert said["protocol"]["name"] == "llamacpp-512"
