@@ -208,7 +208,7 @@ def calibrate(folder: Path, config: QuantConfig) -> Tensor | None:
     wanted = config.calibration
     text = load_text(wanted.text, "calibration")
     return calibration_ids(
-        text, load_tokenizer(folder), windows=wanted.windows, length=wanted.length
+        text, load_tokenizer(folder), windows=wanted.windows, length=wanted.length, seed=wanted.seed
     )
 
 

@@ -21,6 +21,7 @@ from ..quant.apply import Outcome, Report, Target, find_targets, resolve
 from ..quant.config import ConfigError, QuantConfig, QuantSpec
 from .calibrated import CalibratedSteps, check_calibration
 from .group import Group, current_group, raise_together, share
+from .hessian_store import StoredSteps
 from .identity import job_identity
 from .job import JobFolder
 from .job_plan import Step, plan_steps, plan_tensors, tensors_of
@@ -57,6 +58,7 @@ def quantize_checkpoint(
     memory: str = "memory",
     policy: Policy | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    hessians: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize the checkpoint in folder ``src`` into a new folder ``out``, which appears only when it is whole.
@@ -72,6 +74,8 @@ def quantize_checkpoint(
         memory: where the activations of the calibration windows are kept: ``memory``, or ``file`` (beside ``out``).
         policy: what is done about weights and Hessians that cannot be quantized.
         max_shard_bytes: a tensor that would make a shard larger than this begins the next one.
+        hessians: a folder of Hessians that several configs with ``hessians: once`` share (see :mod:`.hessian_store`);
+            without it such a config gathers its own.
         progress: called with (what, done, total) after every step.
 
     Returns:
@@ -85,7 +89,9 @@ def quantize_checkpoint(
         ValueError: token ids outside the vocabulary.
         OSError: the disk is full. What was finished is kept, and can be resumed.
     """
-    job = _Job(open_source(src), src, config, calibration, memory, policy or Policy(), max_shard_bytes)
+    job = _Job(
+        open_source(src), src, config, calibration, memory, policy or Policy(), max_shard_bytes, hessians
+    )
     return job.run(out, overwrite, resume, progress or (lambda *_: None))
 
 
@@ -101,6 +107,7 @@ class _Job:
         memory: str,
         policy: Policy,
         max_shard_bytes: int,
+        hessians: Path | None = None,
     ) -> None:
         self.source = source
         self.config = config
@@ -124,6 +131,8 @@ class _Job:
         self.worker: PlainSteps | CalibratedSteps
         if ids is None:
             self.worker = PlainSteps(source, self.targets, self.resolved, policy)
+        elif config.calibration.hessians == "once":
+            self.worker = StoredSteps(source, self.targets, self.resolved, policy, ids, hessians)
         else:
             self.worker = CalibratedSteps(
                 source,

@@ -15,7 +15,9 @@ from brise.quant.config import QuantConfig
 from brise.quant.presets import PRESETS
 
 COMMANDS = ["fetch", "quantize", "configs", "inspect", "eval", "sweep", "report", "generate", "chat", "bench"]
+COMMANDS += ["compare", "rerun", "baseline", "calibrate", "surface"]
 SMALL = ["--windows", "4", "--length", "64", "--no-speed"]
+PICTURES = ("memory-perplexity", "memory-kl", "error-by-layer")
 
 
 def run(*args, code: int = 0):
@@ -153,7 +155,8 @@ def test_sweep_makes_rows_a_table_and_a_picture_and_does_nothing_twice(tiny_chec
     assert [row["name"] for row in document["rows"]] == ["source", "nf4", "short"]
     assert document["failures"] == {} and document["skipped"] == []
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"runs.jsonl", "table.md", "memory-perplexity.svg", "memory-perplexity.png"}
+    pictures = {f"{stem}.{kind}" for stem in PICTURES for kind in ("svg", "png")}
+    assert names - {"report.html"} == {"runs.jsonl", "table.md", *pictures}
     assert (tmp_path / "made/nf4/config.json").is_file()
     again = run(*args)
     assert "nf4 (done before)" in again.stdout and str(tmp_path / "out/table.md") in again.stdout
