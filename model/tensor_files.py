@@ -115,7 +115,8 @@ class TensorFiles:
             CheckpointError: the file became shorter.
         """
         shard, entry = self._find(name)
-        width = entry.nbytes // max(1, entry.shape[0])
+        count = entry.shape[0] if entry.shape else 1
+        width = entry.nbytes // max(1, count)
         raw = torch.empty((stop - start) * width, dtype=torch.uint8)
         view, at = raw.numpy().data, entry.begin + start * width
         while view:

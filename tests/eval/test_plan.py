@@ -1,0 +1,152 @@
+"""``brise plan``: right to the byte about what is made, and proposals that fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from brise.cli.main import app
+from brise.eval.memory import ledger_of_checkpoint
+from brise.eval.plan import Layout, parse_size
+from brise.model.synth import SIZES
+from brise.quant.presets import PRESETS
+
+GIB = 1 << 30
+
+
+def run(*words, code=0):
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def run_json(*words):
+    return json.loads(run(*words, "--json").stdout.splitlines()[-1])
+
+
+def tensor_bytes(folder):
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(file.get_tensor(n).nbytes for n in file.keys())  # noqa: SIM118 (no dict)
+    return total
+
+
+@pytest.mark.parametrize("config", ["nf4-dq-all", "int3-g32-asym", "int8-all"])
+def test_the_ledger_is_right_to_the_byte(tiny_checkpoint, tmp_path, config):
+    planned = run_json("plan", tiny_checkpoint, "-c", config)
+    run("quantize", tiny_checkpoint, tmp_path / "q", "-c", config)
+    assert planned["bytes"] == tensor_bytes(tmp_path / "q") == ledger_of_checkpoint(tmp_path / "q").nbytes
+    assert planned["by_kind"] == ledger_of_checkpoint(tmp_path / "q").by_kind()
+
+
+class Described:
+    """A source of shapes without data."""
+
+    def __init__(self, size):
+        self.folder, self.config = Path("nowhere"), size.config()
+        self.tensors = {t.name: t for t in size.tensors()}
+        self.names = sorted(self.tensors)
+
+    def info(self, name):
+        return self.tensors[name].dtype, self.tensors[name].shape
+
+    def shard(self, name):
+        return "model.safetensors"
+
+
+def test_mistral_7b_in_nf4_with_everything_quantized():
+    """The arithmetic of the promise: 4 bits, an 8-bit scale for 64, fp32 for 256 of those and one offset a weight."""
+    layout = Layout.of(Described(SIZES["mistral-7b"]))
+    plan = layout.plan(PRESETS["nf4-dq-all"], [4096, 32768])
+    quantized = 7_241_732_096 - 65 * 4096
+    by_hand = quantized // 2 + quantized // 64 + quantized // 64 // 256 * 4 + 226 * 4 + 65 * 4096 * 2
+    assert plan.ledger.nbytes == by_hand == 3_736_181_248 + 226 * 4
+    assert plan.ledger.nbytes <= 3.5 * GIB and plan.ledger.parameters == 7_241_732_096
+    # 2 (K and V) x 32 blocks x 8 heads x 128 x 2 bytes, and the window of 4096 holds for 32768 as well
+    assert plan.kv_cache == {4096: 4096 * 131072, 32768: 4096 * 131072}
+    assert plan.peak < 2.0e9
+
+
+def test_the_ledger_in_words(tiny_checkpoint):
+    said = run(
+        "plan", tiny_checkpoint, "-c", "gptq-int4-g32", "--windows", 2, "--length", 16, "--lengths", 64
+    ).stdout
+    assert (
+        "scales" in said and "KV cache of 64 tokens" in said and "bits each with everything counted" in said
+    )
+
+
+@pytest.mark.parametrize(
+    "text, nbytes",
+    [("3.5GiB", 3758096384), ("3.5GB", 3500000000), ("900MB", 900000000), ("12 B", 12), ("4.5bits", 450)],
+)
+def test_sizes(text, nbytes):
+    assert parse_size(text, 800) == nbytes
+
+
+@pytest.mark.parametrize("text", ["3.5", "GiB", "-1GB", "3.5gib", "1e3B"])
+def test_no_sizes(text):
+    with pytest.raises(ValueError, match=r"such as 3\.5GiB"):
+        parse_size(text, 800)
+
+
+def test_presets_that_fit_a_budget(tiny_checkpoint):
+    found = run_json("plan", tiny_checkpoint, "--budget", "60kB", "--plain")["budgets"]["60kB"]
+    assert found["budget"] == 60000 and found["mixed"] is None
+    sizes = {u["name"]: u["nbytes"] for u in found["uniform"]}
+    assert (
+        sizes
+        and max(sizes.values()) <= 60000
+        and list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    )
+    for name, nbytes in sizes.items():
+        assert run_json("plan", tiny_checkpoint, "-c", name)["bytes"] == nbytes
+    assert "nf4" not in sizes and "int4-g32-all" in sizes  # nf4 keeps an embedding that is too large
+    assert run("plan", tiny_checkpoint, "--budget", "1kB", "--plain", code=1).stderr.startswith(
+        "brise: no preset fits"
+    )
+
+
+def test_a_mixture_that_fits_and_is_measured(tiny_checkpoint, tiny_text, tmp_path, monkeypatch):
+    """The best mixture at the bytes of a preset is predicted, and measured, to be better than it."""
+    monkeypatch.setenv("BRISE_CACHE", str(tmp_path / "cache"))
+    pytest.importorskip("scipy")
+    words = ["plan", tiny_checkpoint, "--plain", "--mixed", "--windows", 4, "--length", 48]
+    words += ["--text", f"{tiny_text}#calibration", "--like", "int3-g32-all", "--out", tmp_path / "out"]
+    found = run_json(*words)
+    (budget,) = found["budgets"].values()
+    mixed = budget["mixed"]
+    (uniform,) = [u for u in budget["uniform"] if u["name"] == "int3-g32-all"]
+    assert mixed["bytes"] <= budget["budget"] == uniform["nbytes"]
+    assert 0 < mixed["predicted_kl"] <= uniform["predicted"] and len(set(mixed["modules"].values())) > 1
+    (file,) = found["files"]
+    run("quantize", tiny_checkpoint, tmp_path / "q", "-c", file)
+    assert ledger_of_checkpoint(tmp_path / "q").nbytes == mixed["bytes"]
+    assert yaml.safe_load(Path(file).read_text())["rules"]
+    run("quantize", tiny_checkpoint, tmp_path / "u", "-c", "int3-g32-all")
+    kl = {}
+    for name in ("q", "u"):
+        said = run_json(
+            *("eval", tmp_path / name, "--baseline", tiny_checkpoint, "--no-speed", "--windows", 6),
+            *("--length", 64, "--text", f"{tiny_text}#evaluation"),
+        )
+        kl[name] = said["divergence"]["kl"]
+    assert kl["q"] < kl["u"]
+    assert run("plan", tiny_checkpoint, "--budget", "2kB", "--mixed", *words[2:10], code=1)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ([], "nothing to plan"),
+        (["-c", "nf4", "--lengths", "a"], "--lengths takes numbers"),
+        (["--budget", "3 bananas"], "such as 3.5GiB"),
+        (["--budget", "1MB", "--measure"], "--measure needs --mixed"),
+    ],
+)
+def test_mistakes(tiny_checkpoint, words, says):
+    assert says in run("plan", tiny_checkpoint, *words, code=1).stderr
