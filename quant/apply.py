@@ -129,7 +129,9 @@ def _apply_rule(rule: Rule | None, target: Target) -> tuple[QuantSpec | None, st
             f"{rule.spec.scale} cannot be used; give it a rule of its own with algorithm rtn"
         )
     if rule.spec.format in IMPORTED:
-        raise ConfigError(f"{rule.spec.format} is read from other libraries' files; choose one of {', '.join(FORMATS)}")
+        raise ConfigError(
+            f"{rule.spec.format} is read from other libraries' files; choose one of {', '.join(FORMATS)}"
+        )
     try:
         groups_per_row(rule.spec, target.shape)
     except ConfigError as error:
