@@ -37,7 +37,7 @@ _TABLE: dict[int, dict[int, AttentionConfigs]] = {
             AttentionConfig(128, 128, 8, 2), AttentionConfig(128, 64, 8, 2), AttentionConfig(32, 128, 8, 2)
         ),
         96: AttentionConfigs(
-            AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 2), AttentionConfig(32, 128, 8, 2)
+            AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 2), AttentionConfig(32, 64, 8, 2)
         ),
         256: AttentionConfigs(
             AttentionConfig(128, 32, 8, 2), AttentionConfig(32, 32, 4, 1), AttentionConfig(32, 32, 8, 1)
