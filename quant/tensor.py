@@ -31,7 +31,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Params:
-    """What decodes codes [N, K]: scale fp32 [N, G]; zero uint8 [N, G] or minimum fp32; g_idx int32 [K]. None: has none."""
+    """What decodes codes [N, K]: scale fp32 [N, G]; zero uint8, or minimum fp32, [N, G] or None; g_idx int32 [K]."""
 
     scale: Tensor
     zero: Tensor | None = None
