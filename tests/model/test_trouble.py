@@ -113,9 +113,7 @@ def test_a_hessian_without_a_factor(tiny_checkpoint, tmp_path, monkeypatch, acti
     monkeypatch.setattr(module, "damp", spoiled)
     job = {"calibration": IDS, "policy": Policy(hessian=action)}
     if action == "fail":
-        with pytest.raises(
-            TroubleError, match=r"damping 1 .*hessian=keep or hessian=round"
-        ):
+        with pytest.raises(TroubleError, match=r"damping 1 .*hessian=keep or hessian=round"):
             quantize_checkpoint(tiny_checkpoint, tmp_path / "q", gptq(), **job)
         return
     report = quantize_checkpoint(tiny_checkpoint, tmp_path / "q", gptq(), **job)
