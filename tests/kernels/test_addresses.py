@@ -10,6 +10,7 @@ from brise.kernels import compile as aot
 # arguments that can hold more than 2^31 elements; the others are vectors of N, K or a device's programs
 LARGE = {"x_ptr", "w_ptr", "s_ptr", "absmax_ptr", "y_ptr", "work_ptr", "q_ptr"}
 LARGE |= {"k_ptr", "v_ptr", "ks_ptr", "vs_ptr", "out_ptr", "acc_ptr", "stat_ptr", "keys_ptr", "values_ptr"}
+LARGE |= {"o_ptr", "do_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "lse_ptr", "delta_ptr"}
 LARGE |= {"qo_ptr", "ko_ptr", "cos_ptr", "sin_ptr", "residual_ptr", "sum_ptr", "gate_ptr", "up_ptr"}
 CHECKED = [
     "matmul-int4-g128-fp16-m16-split",
@@ -24,6 +25,9 @@ CHECKED = [
     "rms-norm-14336-bf16-add",
     "swiglu-bf16",
     "rope-d128-bf16-int8-each",
+    "attention-forward-d128-bf16-sm90",
+    "attention-dq-d64-bf16-sm90",
+    "attention-dkdv-d64-bf16-sm90",
 ]
 # what hands a value on, in another shape
 PASSES_ON = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast", "tt.reshape", "tt.trans"}

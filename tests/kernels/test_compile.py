@@ -27,6 +27,10 @@ CHECKED = {
     "decode-d128-g4-bf16": (90,),
     "decode-d128-g4-fp16-int8": (80,),
     "rope-d128-bf16-int8": (90,),
+    "attention-forward-d128-bf16-sm90": (90,),
+    "attention-dq-d64-bf16-sm90": (90,),
+    "attention-dkdv-d64-bf16-sm90": (90,),
+    "attention-forward-d64-bf16-sm80": (80,),
 }
 
 
