@@ -3,19 +3,15 @@
 import json
 
 import pytest
-import torch
 import yaml
 
 from brise.eval.assets import ASSETS, fetch
-from brise.eval.compare import mcnemar
-from brise.eval.evaluate import evaluate
 from brise.eval.tasks import (
     CONFIGS,
     TaskError,
     TaskRequest,
     offline_config,
     offline_tasks,
-    read_items,
     run_tasks,
 )
 from brise.model.checkpoint import load_model, load_tokenizer
@@ -52,48 +48,6 @@ def sets(tmp_path, monkeypatch):
             )
     monkeypatch.setattr("brise.eval.tasks.fetch", lambda *_: folder)
     return folder
-
-
-def test_scores_and_items_against_a_loop_by_hand(sets, tiny_checkpoint):
-    model, tokenizer = load_model(tiny_checkpoint), load_tokenizer(tiny_checkpoint)
-    requests = [TaskRequest("arc_easy_offline", 5), TaskRequest("lambada_offline")]
-    seen = []
-    scores, items = run_tasks(model, tokenizer, requests, batch=2, progress=lambda *s: seen.append(s))
-    arc = scores["arc_easy_offline:5"]
-    assert (arc.metric, arc.items, arc.version) == ("acc_norm", 5, "1.0") and seen[-1] == ("tasks", 2, 2)
-
-    def log_likelihood(context, continuation):
-        ids = torch.tensor([tokenizer(context + continuation)["input_ids"]])
-        with torch.no_grad():
-            logs = torch.log_softmax(model(ids).logits[0].double(), -1)
-        start = len(tokenizer(context)["input_ids"])
-        found = [float(logs[t - 1, ids[0, t]]) for t in range(start, ids.shape[1])]
-        greedy = all(int(logs[t - 1].argmax()) == int(ids[0, t]) for t in range(start, ids.shape[1]))
-        return sum(found), greedy
-
-    right = []
-    for i, c in enumerate(LETTERS[:5]):
-        answers = [c * 3, c * 2, "xyz"]
-        by = [log_likelihood(f"Question: What is {c}?\nAnswer:", f" {a}")[0] / len(a) for a in answers]
-        right.append(by.index(max(by)) == i % 3)
-    assert [item.scores["acc_norm"] == 1 for item in items["arc_easy_offline:5"]] == right
-    assert arc.value == pytest.approx(sum(right) / 5)
-    assert arc.stderr == pytest.approx((arc.value * (1 - arc.value) / 4) ** 0.5)
-    greedy = [log_likelihood(c * 5, f" {c}")[1] for c in LETTERS]
-    assert [item.scores["acc"] == 1 for item in items["lambada_offline"]] == greedy
-    assert scores["lambada_offline"].items == 8
-
-
-def test_a_row_keeps_its_scores_and_its_items(sets, tiny_checkpoint, tiny_text, tmp_path):
-    how = {"text": str(tiny_text), "windows": 2, "length": 16}
-    row = evaluate(tiny_checkpoint, tasks=["arc_easy_offline"], out=tmp_path / "out", **how)
-    (score,) = row.tasks.values()
-    kept = read_items(tmp_path / "out", row.key, "arc_easy_offline", "acc_norm")
-    assert len(kept) == 8 and sum(kept.values()) / 8 == score.value
-    assert mcnemar("arc", kept, kept).p == 1
-    assert row.key != evaluate(tiny_checkpoint, **how).key
-    with pytest.raises(TaskError, match="is not there"):
-        read_items(tmp_path, row.key, "arc_easy_offline", "acc")
 
 
 def test_what_is_no_task(sets, tiny_checkpoint):
