@@ -71,7 +71,7 @@ def random_model(
     from ..quant.presets import PRESETS
 
     with torch.device("meta"):
-        model = MistralForCausalLM(config).to(dtype)
+        model = MistralForCausalLM(config).to(dtype)  # type: ignore[arg-type]
     if preset is not None:
         specs = {
             path: spec for path, (spec, _) in resolve(PRESETS[preset], find_targets(model)).items() if spec

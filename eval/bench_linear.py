@@ -125,7 +125,7 @@ def check(made: dict[str, nn.Module], x: Tensor) -> dict[str, float]:
             # it may hold its weight re-packed: ours is the same to the bit (tests/quant/test_codebooks.py)
             weight = _layer(made, "nf4").quantized().dequantize(torch.float64)
         else:
-            weight = made["dense"].weight.double()  # type: ignore[operator]
+            weight = made["dense"].get_parameter("weight").double()
         exact = exact_x @ weight.T
         errors[name] = relative_error(module(x), exact)
         if isinstance(module, QuantLinear):

@@ -146,7 +146,7 @@ def mixed_plan(
     return Mixed(config, allocation, ledger.nbytes, ledger.bits_per_weight)
 
 
-def _spec_for(path: str, spec: QuantSpec, tied: set[str | None]) -> QuantSpec:
+def _spec_for(path: str, spec: QuantSpec, tied: set[str]) -> QuantSpec:
     return without_hessian(spec) if path.endswith("embed_tokens") or path in tied else spec
 
 

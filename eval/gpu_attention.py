@@ -129,7 +129,8 @@ def make_backward(length: int, dtype: torch.dtype, shape: dict[str, int], device
     def some(kind: torch.dtype) -> State:
         part = (dout[:, at:end, :group], q[:, at:end, :group], k[:, first:end, :1], v[:, first:end, :1])
         d, *state = (t.to(kind) for t in part)
-        dq, dk, dv = reference.attention_backward(d, None, *state, seen, scale)
+        x, y, z = state
+        dq, dk, dv = reference.attention_backward(d, None, x, y, z, seen, scale)
         count = last - at
         return dq[:, :count], dk[:, at - first :][:, :count], dv[:, at - first :][:, :count]
 

@@ -74,17 +74,18 @@ def make_decode(
     seen = torch.full((batch,), context, dtype=torch.int32, device=device)
 
     def plain(kind: torch.dtype) -> Tensor:
+        keys, values = (r if int8 else r.to(kind) for r in rings)
         return decode_reference.decode_attention(
-            q[:, None].to(kind), *(r if int8 else r.to(kind) for r in rings), seen, None, *scales, None, width**-0.5
-        )[:, 0]  # fmt: skip
+            q[:, None].to(kind), keys, values, seen, None, scales[0], scales[1], None, width**-0.5
+        )[:, 0]
 
     exact = plain(torch.float64)
     held = min(context, slots)
     nbytes = sum(r[:, :, :held].numel() * r.element_size() for r in rings)
     copies = [[r.clone() for r in rings] for _ in range(copies_for(nbytes))]
-    named = dict(zip(("key_scales", "value_scales"), scales)) if int8 else {}
+    named: dict[str, Any] = dict(zip(("key_scales", "value_scales"), scales)) if int8 else {}
     problem = Problem(
-        {"ours": Side([functools.partial(decode_attention, q, *c, seen, **named) for c in copies])},
+        {"ours": Side([functools.partial(decode_attention, q, c[0], c[1], seen, **named) for c in copies])},
         exact,
         allowed=max(2 * relative_error(plain(dtype), exact), torch.finfo(dtype).eps / 2),
         flops=4.0 * batch * heads * held * width,

@@ -108,7 +108,7 @@ def random_model(
 
     config = MistralConfig(**size, tie_word_embeddings=False)
     with torch.device("meta"):
-        model = MistralForCausalLM(config).to(dtype)
+        model = MistralForCausalLM(config).to(dtype)  # type: ignore[arg-type]
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(shape: torch.Size) -> Tensor:

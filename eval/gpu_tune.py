@@ -30,9 +30,13 @@ def launch_product(x: Tensor, w: ops.PackedWeight, config: tuning.MatmulConfig) 
     """The Triton product of a tiled weight by one launch configuration."""
     from ..kernels import launch
 
-    t = [w.tensors.get(name) for name in ("zeros", "scales_absmax", "scales_offset", "scales_map")]
+    zeros, absmax, offset, scale_map = (
+        w.tensors.get(name) for name in ("zeros", "scales_absmax", "scales_offset", "scales_map")
+    )
     qweight, scales = w.tensors["qweight"], w.tensors["scales"]
-    return launch.matmul(x, w.format, w.shape[0], qweight, scales, *t, None, False, config)
+    return launch.matmul(
+        x, w.format, w.shape[0], qweight, scales, zeros, absmax, offset, scale_map, None, False, config
+    )
 
 
 def tune(

@@ -80,10 +80,10 @@ def encode_rows(logits: Tensor, reach: float | None = None) -> np.ndarray:
     scale = (top - low) / 65535.0
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     codes = ((logits - low) * inverse).round().clamp(0, 65535)
-    codes = torch.where(logits > low, codes, torch.zeros_like(codes)).to(torch.int32).numpy().astype("<u2")
+    kept = torch.where(logits > low, codes, torch.zeros_like(codes)).to(torch.int32).numpy().astype("<u2")
     head = torch.cat([scale, low - top - total], dim=-1).numpy().astype("<f4").view("<u2")
-    pad = np.zeros((len(codes), codes.shape[1] % 2), "<u2")
-    return np.concatenate([head, codes, pad], axis=1)
+    pad = np.zeros((len(kept), kept.shape[1] % 2), "<u2")
+    return np.concatenate([head, kept, pad], axis=1)
 
 
 def decode_rows(rows: np.ndarray, vocab: int) -> Tensor:
@@ -175,6 +175,10 @@ def write_kld(path: Path, model: Any, windows: Windows, *, progress: Progress | 
         with temporary.open("wb") as file:
             file.write(_MAGIC + struct.pack("<iii", length, vocab, windows.count))
             file.write(windows.ids.to(torch.int32).numpy().astype("<i4").tobytes())
+
+            def keep_rows(window: int, logits: Tensor) -> None:
+                file.write(encode_rows(logits, _RANGE).tobytes())
+
             scores = _score(
                 model,
                 windows,
@@ -183,7 +187,7 @@ def write_kld(path: Path, model: Any, windows: Windows, *, progress: Progress | 
                 progress,
                 "baseline",
                 None,
-                lambda window, logits: file.write(encode_rows(logits, _RANGE).tobytes()) and None,
+                keep_rows,
             )
         os.rename(temporary, path)
     finally:

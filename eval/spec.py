@@ -84,7 +84,7 @@ def load_spec(path: str | Path) -> SweepSpec:
         raise SpecError(f"{path}: expected a mapping with models, configs and metrics, got {data!r}")
     _known(data, ("models", "configs", "metrics", "calibration"), str(path))
     models, configs = data.get("models"), data.get("configs")
-    if not _strings(models):
+    if models is None or not _strings(models):
         raise SpecError(f"{path}: models must be a list of folders, assets or hub names, got {models!r}")
     if not isinstance(configs, list) or not configs:
         raise SpecError(f"{path}: configs must be a list of presets, files and mappings, got {configs!r}")

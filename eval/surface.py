@@ -46,8 +46,8 @@ class RoundedCache(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Round [B, KV, T, head_dim], keep them, and return all that attention may read."""
-        rounded = (round_states(states, self.precision) for states in (key_states, value_states))
-        out: tuple[Tensor, Tensor] = super().update(*rounded, layer_idx, *args, **kwargs)
+        keys, values = (round_states(states, self.precision) for states in (key_states, value_states))
+        out: tuple[Tensor, Tensor] = super().update(keys, values, layer_idx, *args, **kwargs)
         return out
 
 

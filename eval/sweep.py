@@ -210,15 +210,15 @@ def plan_configs(
     if once:
         change |= {"hessians": "once", "target": "quantized", "true_sequential": False}
     out: dict[str, QuantConfig] = {}
-    for name, config in plan.items():
-        if not config.needs_calibration:
-            out[name] = config
+    for name, chosen in plan.items():
+        if not chosen.needs_calibration:
+            out[name] = chosen
             continue
         for seed in range(draws) if draws else [None]:
             own = change if seed is None else {**change, "seed": seed}
-            changed = dataclasses.replace(config.calibration, **own)
+            changed = dataclasses.replace(chosen.calibration, **own)
             out[name if seed is None else f"{name}.d{seed}"] = dataclasses.replace(
-                config, calibration=changed
+                chosen, calibration=changed
             )
     return out
 

@@ -209,7 +209,7 @@ def brise_attention_forward(
                     "attn_implementation='brise', got attention_mask=None"
                 )
             window = None
-    packed: dict[str, Tensor | None] = {}
+    packed: dict[str, Any] = {}
     if bounds is None and causal and q.shape[0] == 1 and q.shape[1] > 1:
         if cu_seq_lens_q is not None:
             packed = {"cu_seqlens": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}

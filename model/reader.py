@@ -20,7 +20,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def resolve_source(source: str | Path) -> Path:
-    """A model's folder or GGUF file: ``source`` itself, or the local copy of a hub name (``mistralai/Mistral-7B-v0.1``).
+    """A model's folder or GGUF file: ``source`` itself, or the local copy of a hub name (``mistralai/Mistral-7B``).
 
     A hub name is fetched (safetensors, JSON, tokenizer and licence files only) or found in the hub's cache.
 

@@ -171,7 +171,9 @@ class Calibration:
                 "calibration hessians once are of the unquantized model: set target to quantized and true_sequential "
                 "to false"
             )
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
+        if self.seed is not None and (
+            isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0
+        ):
             raise ConfigError(f"calibration seed must be a whole number or null, got {self.seed!r}")
         for name in ("windows", "length"):
             value = getattr(self, name)

@@ -257,9 +257,9 @@ def _check_kept(
         if source.shape != tensor.shape:
             out.add(path, f"is {list(tensor.shape)}, in the source {list(source.shape)}")
         elif not torch.equal(source.to(tensor.dtype), tensor):
-            error = _relative(source.float(), tensor.float())
-            if error > torch.finfo(tensor.dtype).eps ** 2:
-                out.add(path, f"is not quantized and yet differs from the source, by {error:.2e} (squared)")
+            lost = _relative(source.float(), tensor.float())
+            if lost > torch.finfo(tensor.dtype).eps ** 2:
+                out.add(path, f"is not quantized and yet differs from the source, by {lost:.2e} (squared)")
 
 
 def _compare(

@@ -36,7 +36,8 @@ def add_vocabulary(writer: Any, reader: CheckpointReader, size: int) -> None:
         writer.add_tokenizer_model("no_vocab")
         return
     data = _read(reader.folder)
-    model = data.get("model") if isinstance(data.get("model"), dict) else {}
+    found = data.get("model")
+    model: dict[str, Any] = found if isinstance(found, dict) else {}
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise CheckpointError(
             f"{reader.folder}: a tokenizer of type {model.get('type')!r} is not written to GGUF"

@@ -74,7 +74,11 @@ MISTAKES = [
     ("compare {m} {t}/none", 1, "none"),
     ("rerun {t}/empty nf4", 1, "expected a row nf4 in"),
     ("calibrate {m} --out {t}/c --text {t}/none.txt", 1, "none.txt"),
-    ("surface {m} --baseline {m} --sliding 0 --text {t}/list.yaml --length 4 --windows 1", 1, "numbers or own"),
+    (
+        "surface {m} --baseline {m} --sliding 0 --text {t}/list.yaml --length 4 --windows 1",
+        1,
+        "numbers or own",
+    ),
     ("generate {m} --prompt a --chat", 1, "no chat template"),
     ("generate {m} --prompt=", 1, "no tokens"),
     ("generate {t}/none --prompt a", 1, "none"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from brise.kernels import attention_blocks, attention_reference
+from brise.kernels import attention_blocks, attention_ops, attention_reference
 from brise.kernels.attention_bounds import key_bounds, query_ranges
 from brise.kernels.attention_ops import sliding_attention
 from brise.kernels.budget import check_budget
@@ -190,6 +190,14 @@ def test_strided_inputs_and_a_last_stride_that_is_not_one():
     torch.testing.assert_close(sliding_attention(*views, window=5), want)
     views = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)]
     torch.testing.assert_close(sliding_attention(*views, window=5), want)
+
+
+def test_the_kernels_are_handed_what_their_32_bit_steps_can_reach():
+    def strided(step):
+        return torch.empty_strided((1, 2, 1, 4), (4 * step, step, 4, 1), device="meta")
+
+    assert attention_ops._rows(strided((1 << 23) - 4)).stride(1) == (1 << 23) - 4
+    assert attention_ops._rows(strided(1 << 23)).stride(1) == 4
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -184,14 +184,18 @@ def test_generation_in_other_ways(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_a_prompt_in_pieces(cache: str) -> None:
+@pytest.mark.parametrize("side", ["left", None])
+def test_a_prompt_in_pieces(cache: str, side: str | None) -> None:
     theirs, ours = built("ours")
     ids, mask = padded("left", 23)
-    expected = theirs(ids, attention_mask=mask).logits
-    past, got = CACHES[cache](ours.config), []
-    for first, end in ((0, 11), (11, 12), (12, 23)):
-        out = ours(ids[:, first:end], attention_mask=mask[:, :end], past_key_values=past, use_cache=True)
-        got.append(out.logits)
+    mask = mask if side else torch.ones_like(mask)
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=mask).logits
+        past, got = CACHES[cache](ours.config), []
+        for first, end in ((0, 11), (11, 12), (12, 23)):
+            seen = mask[:, :end] if side else None
+            out = ours(ids[:, first:end], attention_mask=seen, past_key_values=past, use_cache=True)
+            got.append(out.logits)
     close(torch.cat(got, 1)[mask.bool()], expected[mask.bool()])
 
 
@@ -215,6 +219,22 @@ def test_packed_texts_do_not_see_each_other(kind: str, how: str) -> None:
         close(ours(torch.cat(texts, 1), **options).logits, expected)
     alone = ours(torch.cat(texts, 1), use_cache=False).logits
     assert not torch.allclose(alone, expected, atol=1e-2), "the test would see no difference"
+
+
+def test_positions_are_read_anew_when_they_changed() -> None:
+    """The layers share what was read off one tensor: another one, or a change in place, is read again."""
+    _, ours = built()
+    text = tokens(1, 30)
+
+    def cut(at: int) -> Tensor:
+        return torch.cat((ours(text[:, :at]).logits, ours(text[:, at:]).logits), 1)
+
+    first, second = torch.arange(30)[None], torch.cat((torch.arange(5), torch.arange(25)))[None]
+    whole = ours(text, position_ids=first).logits
+    close(ours(text, position_ids=second).logits, cut(5))
+    close(ours(text, position_ids=first).logits, whole)
+    first[:, 14:] -= 14
+    close(ours(text, position_ids=first).logits, cut(14))
 
 
 MAKERS = {
@@ -286,11 +306,15 @@ def test_the_fast_way_without_a_mask() -> None:
     """Nothing padded or packed: no bounds are made, and the kernel works them out from the window."""
     common = {"batch_size": 2, "q_length": 5, "kv_length": 9, "q_offset": 4}
     assert attention_brise.brise_mask(**common) is None
+    # a static cache holds keys behind the last query: their interval has to be said
+    early = attention_brise.brise_mask(**(common | {"q_offset": 2}))
+    assert early is not None and early[:, 0, 1].tolist() == [[3, 4, 5, 6, 7]] * 2 and not early[:, 0, 0].any()
     window = {"local_size": 4, "allow_is_causal_skip": True, "config": tiny()}
     ones = torch.ones(2, 9, dtype=torch.long)
     mask = attention_brise.brise_mask(**common, **window, attention_mask=ones)
     assert mask is not None and mask.shape == (2, 1, 0, 4)
     assert attention_brise.brise_mask(**common, **(window | {"local_size": 9})) is None
+    assert attention_brise.brise_mask(**common, **(window | {"local_size": 8})) is not None
 
 
 def test_compiled_whole() -> None:
@@ -307,8 +331,13 @@ def test_under_autocast() -> None:
     ids = tokens(2, 12)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         got, eager = ours(ids).logits, theirs(ids).logits
-    assert got.dtype == eager.dtype == torch.bfloat16
-    check_budget(got, eager, theirs.double()(ids).logits)
+        # as adapters make them: queries in float32 beside values in the lower precision
+        q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8).bfloat16()
+        out, _ = attention_brise.brise_attention_forward(ours, q, k, v, None, is_causal=True)
+    assert got.dtype == eager.dtype == out.dtype == torch.bfloat16
+    with torch.no_grad():
+        exact = theirs.double()(ids).logits
+    check_budget(got, eager, exact)
 
 
 def test_what_it_does_not_do_is_refused() -> None:
