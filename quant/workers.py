@@ -35,10 +35,19 @@ class Workers:
             torch.set_num_threads(self.count)
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
-        """The values in the order of the items; the first error is raised once all have ended."""
+        """The values in the order of the items; the first error is raised once all have ended.
+
+        Inference mode and whether gradients are kept are each thread's own: the workers take on the caller's.
+        """
         if self._pool is None:
             return [function(item) for item in items]
-        futures = [self._pool.submit(function, item) for item in items]
+        inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+        def call(item: A) -> B:
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+                return function(item)
+
+        futures = [self._pool.submit(call, item) for item in items]
         try:
             return [future.result() for future in futures]
         except BaseException:

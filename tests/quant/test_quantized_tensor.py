@@ -244,6 +244,8 @@ def test_rows_decoded_by_several_threads_are_those_decoded_one_by_one(spec, dtyp
         torch.set_num_threads(3)
         assert torch.equal(q.dequantize(dtype), one_by_one)
         assert torch.equal(q.dequantize(dtype, 4, 17), one_by_one[4:17])
+        with torch.inference_mode():  # a mode of the thread
+            assert torch.equal(q.dequantize(dtype), one_by_one)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
