@@ -182,6 +182,11 @@ class Row:
         """The formats of the quantized modules, by name."""
         return _found(self.config, "format")
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything was chosen under calibration: codes, or scales alone."""
+        return not self.algorithms <= {"rtn"} or "hessian" in _found(self.config, "scale")
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -219,7 +219,7 @@ def notes(group: Group) -> Iterator[str]:
 def calibration(row: Row) -> str:
     """``16 x 1024 of boolq``, or a dash for a row without calibration."""
     data: dict[str, Any] | None = (row.config or {}).get("calibration")
-    if not data or row.algorithms <= {"rtn"}:
+    if not data or not row.calibrated:
         return NOTHING
     once = ", once" if data.get("hessians") == "once" else ""
     seed = "" if data.get("seed") is None else f", seed {data['seed']}"

@@ -172,6 +172,10 @@ def test_algorithms_and_source():
     assert source.algorithms == set() and source.is_source
     mixed = make_row(config={"modules": {"a": {"algorithm": "rtn"}, "b": [{"algorithm": "gptq"}], "c": None}})
     assert mixed.algorithms == {"rtn", "gptq"}
+    plain = {"rules": [{"algorithm": "rtn", "scale": "absmax"}, {"keep": True}]}
+    assert mixed.calibrated and not source.calibrated and not make_row(config=plain).calibrated
+    plain["rules"][0]["scale"] = "hessian"  # rounding, but scales chosen under calibration
+    assert make_row(config=plain).calibrated
 
 
 def test_provenance_of_here_and_now():
