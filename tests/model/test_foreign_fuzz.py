@@ -146,7 +146,7 @@ def apply(folder: Path, what) -> None:
 @pytest.mark.parametrize("name", MADE)
 def test_a_damaged_checkpoint_is_read_or_refused(folders, name):
     @given(st.lists(damage(), min_size=1, max_size=2))
-    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+    @settings(derandomize=True, max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
     def check(changes):
         work = folders / "work" / name
         shutil.rmtree(work, ignore_errors=True)
