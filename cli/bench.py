@@ -47,7 +47,12 @@ def cpu(
         str | None,
         typer.Option(metavar="SRC", help="Also time GPTQ of this checkpoint, in a process of its own."),
     ] = None,
-    config: Annotated[str, typer.Option("--config", "-c", help="For --gptq.")] = "gptq-int4-g64",
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--config", "-c", help="For --gptq, as often as wanted. Default: GPTQ as published, and ours."
+        ),
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows for --gptq.")] = 64,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a calibration window for --gptq.")] = 1024,
     out: Annotated[Path, typer.Option(metavar="DIR", help="For cpu.jsonl and cpu.md.")] = Path("results"),
@@ -62,12 +67,13 @@ def cpu(
     session = session_of(ctx)
     source = None if gptq is None else fetched(gptq, session)
 
-    from ..eval.bench_cpu import GptqJob, run_bench, write_bench
+    from ..eval.bench_cpu import GPTQ_CONFIGS, GptqJob, run_bench, write_bench
     from ..eval.provenance import command_line
 
-    job = None if source is None else GptqJob(source, config, windows, length)
+    names = () if source is None else config or GPTQ_CONFIGS
+    jobs = [GptqJob(source, name, windows, length) for name in names]
     with session.progress() as bars:
-        rows = run_bench(size, repeats, job, command=command_line(), progress=bars)
+        rows = run_bench(size, repeats, jobs, command=command_line(), progress=bars)
     files = write_bench(out, rows)
     session.finish(
         {"rows": rows, "files": [str(file) for file in files]},

@@ -263,7 +263,7 @@ def _show_presets(console: Console) -> None:
     )
     for name, config in PRESETS.items():
         spec = config.rules[0].spec
-        if name.startswith("gptq-") or name.endswith("-all") or spec is None:
+        if "gptq-" in name or name.endswith("-all") or spec is None:
             continue
         size = 1024 * 1024
         bits = 8 * sum(d.itemsize * _count(s) for d, s in layout(spec, (1024, 1024)).values()) / size
@@ -271,7 +271,10 @@ def _show_presets(console: Console) -> None:
         scales = "8-bit, in blocks" if spec.double_quant else spec.scale_dtype
         table.add_row(name, kind, str(spec.group_size or "row"), scales, f"{bits:.3f}")
     console.print(table)
-    print("\ngptq-NAME chooses codes by GPTQ on calibration text; NAME-all quantizes embedding and head too.")
+    print(
+        "\ngptq-NAME chooses codes by GPTQ on calibration text, classic-gptq-NAME as GPTQ was published; NAME-all "
+        "quantizes embedding and head too."
+    )
 
 
 def _count(shape: tuple[int, ...]) -> int:

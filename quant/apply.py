@@ -79,7 +79,7 @@ def find_targets(model: nn.Module) -> list[Target]:
     targets = []
     owners: dict[int, str] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding):
+        if not isinstance(module, nn.Linear | nn.Embedding) or isinstance(module, QuantLinear):
             continue
         kind = "linear" if isinstance(module, nn.Linear) else "embedding"
         tied_to = owners.setdefault(id(module.weight), path)
@@ -182,7 +182,7 @@ def swap(model: nn.Module, specs: Mapping[str, QuantSpec], dtype: torch.dtype) -
             new: nn.Module = QuantEmbedding(
                 spec, module.num_embeddings, module.embedding_dim, dtype, module.padding_idx, device="meta"
             )
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and not isinstance(module, QuantLinear):
             new = QuantLinear(spec, module.in_features, module.out_features, module.bias, device="meta")
         else:
             raise ConfigError(

@@ -31,7 +31,7 @@ class _Quantized(nn.Module):
     def __init__(
         self, spec: QuantSpec, shape: tuple[int, int], device: torch.device | str | None = None
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not the next in line, which in a QuantLinear is nn.Linear and would make a weight
         self.spec = spec
         self.shape = shape
         for name, (dtype, size) in layout(spec, shape).items():
@@ -71,7 +71,7 @@ class _Quantized(nn.Module):
         return f"{list(self.shape)}, {s.format}, {group}, {'' if s.symmetric else 'asymmetric, '}{s.algorithm}{dq}"
 
 
-class QuantLinear(_Quantized):
+class QuantLinear(_Quantized, nn.Linear):
     """y = x W^T + b with a quantized W [out_features, in_features]; a drop-in for nn.Linear in the forward pass.
 
     The products are those of :mod:`brise.kernels.ops`. Before the first one (and the first after a move) the
@@ -80,8 +80,8 @@ class QuantLinear(_Quantized):
     ``state_dict()`` undo it; torch's packed int4 of a CPU cannot be undone and lies beside it, half a byte a weight
     more. A stored tensor is replaced by assigning it: one that is changed in place after a product is not seen.
 
-    The gradient flows to x; the codes are fixed. So adapters train on top, with peft by
-    ``lora_config._register_custom_module({QuantLinear: peft.tuners.lora.Linear})``.
+    The gradient flows to x; the codes are fixed. So adapters train on top. It is an nn.Linear, as peft adapts those
+    only, but one without ``weight``: whoever reads that is told so rather than given a dense copy.
 
     Attributes:
         batch_invariant: a row of y does not depend, in any bit, on the other rows of x; see :func:`batch_invariant`.

@@ -1,4 +1,8 @@
-"""Configurations by name. ``-all`` quantizes the embedding and the head as well; ``gptq-`` calibrates."""
+"""Configurations by name. ``-all`` quantizes the embedding and the head as well; ``gptq-`` calibrates.
+
+``classic-gptq-`` is GPTQ as published, scales by the largest magnitude and the quantized model's own activations: what
+other people's GPTQ does, in less than half of the time of ours.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ _SPECS: dict[str, QuantSpec] = {
 }
 
 
-# What pays on SmolLM2 (results/gptq.md): scales searched under the Hessian, and the full model's outputs as the target.
+# What pays on SmolLM2 (results/gptq): scales searched under the Hessian, and the full model's outputs as the target.
 _CALIBRATION = Calibration(target="full")
 
 
@@ -42,8 +46,9 @@ def _gptq(spec: QuantSpec) -> QuantSpec:
 def _presets() -> dict[str, QuantConfig]:
     out = {}
     for name, spec in _SPECS.items():
-        for prefix, chosen in (("", spec), ("gptq-", _gptq(spec))):
-            calibration = _CALIBRATION if chosen.needs_hessian else Calibration()
+        classic = dataclasses.replace(spec, algorithm="gptq", options=None)
+        for prefix, chosen in (("", spec), ("gptq-", _gptq(spec)), ("classic-gptq-", classic)):
+            calibration = _CALIBRATION if prefix == "gptq-" else Calibration()
             out[prefix + name] = QuantConfig((Rule(_BODY, chosen),), calibration)
             # the ends are rounded plainly: a table of token vectors has no calibration inputs
             out[f"{prefix}{name}-all"] = QuantConfig((Rule(_BODY, chosen), Rule(_ENDS, spec)), calibration)
