@@ -70,8 +70,9 @@ def cpu(
     from ..eval.bench_cpu import GPTQ_CONFIGS, GptqJob, run_bench, write_bench
     from ..eval.provenance import command_line
 
-    names = () if source is None else config or GPTQ_CONFIGS
-    jobs = [GptqJob(source, name, windows, length) for name in names]
+    jobs = []
+    if source is not None:
+        jobs = [GptqJob(source, name, windows, length) for name in config or GPTQ_CONFIGS]
     with session.progress() as bars:
         rows = run_bench(size, repeats, jobs, command=command_line(), progress=bars)
     files = write_bench(out, rows)

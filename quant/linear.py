@@ -31,7 +31,9 @@ class _Quantized(nn.Module):
     def __init__(
         self, spec: QuantSpec, shape: tuple[int, int], device: torch.device | str | None = None
     ) -> None:
-        nn.Module.__init__(self)  # not the next in line, which in a QuantLinear is nn.Linear and would make a weight
+        nn.Module.__init__(
+            self
+        )  # not the next in line, which in a QuantLinear is nn.Linear and would make a weight
         self.spec = spec
         self.shape = shape
         for name, (dtype, size) in layout(spec, shape).items():
@@ -80,8 +82,8 @@ class QuantLinear(_Quantized, nn.Linear):
     ``state_dict()`` undo it; torch's packed int4 of a CPU cannot be undone and lies beside it, half a byte a weight
     more. A stored tensor is replaced by assigning it: one that is changed in place after a product is not seen.
 
-    The gradient flows to x; the codes are fixed. So adapters train on top. It is an nn.Linear, as peft adapts those
-    only, but one without ``weight``: whoever reads that is told so rather than given a dense copy.
+    The gradient flows to x; the codes are fixed. So adapters train on top. It is an nn.Linear, as peft adapts no other,
+    whose ``weight`` is None: a dense copy is never made unasked.
 
     Attributes:
         batch_invariant: a row of y does not depend, in any bit, on the other rows of x; see :func:`batch_invariant`.
@@ -100,7 +102,9 @@ class QuantLinear(_Quantized, nn.Linear):
         super().__init__(spec, (out_features, in_features), device)
         self.in_features = in_features
         self.out_features = out_features
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+        self.register_parameter("weight", None)
+        own = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+        self.register_parameter("bias", own)
         self.batch_invariant = False
         self.tied = False
         self.layout = "portable"

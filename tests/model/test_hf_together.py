@@ -92,6 +92,7 @@ def test_lm_eval_scores_a_folder_by_its_name(tiny_checkpoint, tmp_path):
         tiny_checkpoint, quantization_config=BriseConfig("nf4-dq")
     ).save_pretrained(tmp_path / "m")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_checkpoint)
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(0)  # lm-eval asks for one, though it adds none here
     tokenizer.save_pretrained(tmp_path / "m")
     lm = HFLM(pretrained=str(tmp_path / "m"), device="cpu", dtype="float32", add_bos_token=False)
     pairs = [("The wind is", " light"), ("A", "b"), ("one two three", " four five")]
