@@ -128,9 +128,9 @@ class _Proposals:
         calibration: tuple[str | None, int | None, int | None],
         mixed: bool,
     ) -> None:
-        from ..eval.assets import cache_root
         from ..eval.budget_plan import candidates
         from ..eval.sensitivity import measure_sensitivities
+        from ..kernels.cache_folder import cache_root
         from ..quant.config import Calibration
         from ..quant.presets import PRESETS
 

@@ -24,6 +24,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from ..kernels.cache_folder import cache_root
 from .task_files import task_members
 
 # called with (what is being done, units done, units in all)
@@ -120,17 +121,6 @@ ASSETS: dict[str, Asset] = {
         ),
     )
 }
-
-
-def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """The cache folder: the argument, else $BRISE_CACHE, else $XDG_CACHE_HOME/brise, else ~/.cache/brise."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser().absolute()
-    if own := os.environ.get("BRISE_CACHE"):
-        return Path(own).expanduser().absolute()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser().absolute() / "brise"
-    return Path.home() / ".cache" / "brise"
 
 
 def fetch(name: str, cache_dir: str | Path | None = None, progress: Progress | None = None) -> Path:

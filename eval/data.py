@@ -67,7 +67,7 @@ def load_text(spec: str, role: Role = "evaluation", cache_dir: str | Path | None
     Args:
         spec: the name.
         role: what it is for; decides the split where the name does not.
-        cache_dir: of the assets, see :func:`brise.eval.assets.cache_root`.
+        cache_dir: of the assets, see :func:`brise.kernels.cache_folder.cache_root`.
 
     Raises:
         TextError: an unknown name, split or file, an empty text, or a hub dataset that cannot be loaded.

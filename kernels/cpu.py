@@ -1,5 +1,8 @@
 """Matrix products with quantized weights on a CPU, without ever making the whole dense matrix.
 
+Where the machine has a C compiler, by the compiled code of :mod:`.native`: few rows in registers, for many a block of
+the weight is decoded into memory and multiplied by torch's own product. What follows is the way without.
+
 A block of a million weights is decoded, multiplied and dropped (smaller ones that fit the L2 cache lost to
 the cost of calling operators: 4096 x 4096 nf4 took 25 ms at 2^20 weights a block, 45 at 2^16). Three tricks
 make torch's own elementwise operators fast enough at it (measured on AVX-512, one thread): nf4, fp4, int3
@@ -13,18 +16,21 @@ operator is scalar code and is not used), and int8 its int8 product.
 
 from __future__ import annotations
 
+from ctypes import CDLL
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import native, reference
 from .reference import Weight
 
 # weights decoded at a time
 _BLOCK = 1 << 20
-# from this many rows on the product, not the decoding, takes the time: bf16 tiles pay where the chip has them
+# from this many rows on the product, not the decoding, takes the time: bf16 pays where the chip multiplies it
 _MANY_ROWS = 32
+# rows up to which the compiled product, which decodes once for four rows, beats decoding into memory once for all
+_FEW_ROWS, _FEW_ROWS_BF16 = 64, 16
 # input channels from which int4 is two products
 _WIDE = 256
 # rows up to which torch's int8 product is faster than decoding the weight once for all of them
@@ -39,15 +45,42 @@ INT4PACK_ROWS = 32
 def matmul(x: Tensor, w: Weight, bias: Tensor | None = None, batch_invariant: bool = False) -> Tensor:
     """x [M, K] @ W^T (+ bias) -> [M, N] in x's dtype; sums in fp32, or in x's dtype's own product for many
     rows."""
-    rows, (n, width) = x.shape[0], w.shape
+    compiled = compiled_for(w, x.dtype)
+    few = _FEW_ROWS_BF16 if _multiplies_bf16(x) else _FEW_ROWS
+    if compiled is not None and (batch_invariant or x.shape[0] <= few):
+        result = native.matmul(x, w, compiled)
+        if bias is not None:
+            result += bias
+        return result.to(x.dtype)
     if _takes_int8pack(x, w, batch_invariant):
         return _int8pack(x, w, bias, batch_invariant)
+    return _in_blocks(x, w, bias, batch_invariant, compiled)
+
+
+def compiled_for(w: Weight, dtype: torch.dtype) -> CDLL | None:
+    """The compiled code, where it takes this weight and activations of ``dtype``."""
+    library = native.active()
+    if library is None or dtype not in native.DTYPES or w.g_idx is not None or not w.qweight.is_cpu:
+        return None
+    return library if native.takes(w.format, w.shape[1], w.groups, library) else None
+
+
+def _in_blocks(
+    x: Tensor, w: Weight, bias: Tensor | None, batch_invariant: bool, compiled: CDLL | None
+) -> Tensor:
+    """A block of rows of W decoded, multiplied, and the next in its place."""
+    rows, (n, width) = x.shape[0], w.shape
     step = max(1, _BLOCK // max(1, width))
-    tiles = x.dtype == torch.bfloat16 and rows >= _MANY_ROWS and not batch_invariant and _has_bf16_tiles()
+    tiles = rows >= _MANY_ROWS and not batch_invariant and _multiplies_bf16(x)
     work = torch.bfloat16 if tiles else _work_dtype(x.dtype)
-    inputs = _Inputs(x.to(work), w, min(step, n), batch_invariant, exact=x.dtype not in _HALVES)
+    inputs: _Inputs | _Compiled
+    if compiled is not None and reference.BITS[w.format] in native.DECODED_BITS:
+        scale, zero = native.parameters(w)
+        inputs = _Compiled(x.to(work), w, min(step, n), compiled)
+    else:
+        scale, zero = _parameters(w)
+        inputs = _Inputs(x.to(work), w, min(step, n), batch_invariant, exact=x.dtype not in _HALVES)
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    scale, zero = _parameters(w)
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
         result = inputs.multiply(part, scale[part], None if zero is None else zero[part])
@@ -90,6 +123,12 @@ def matmul_backward(grad: Tensor, w: Weight) -> Tensor:
 
 def dequantize_rows(w: Weight, part: slice, dtype: torch.dtype) -> Tensor:
     """Rows ``part`` of W, dense."""
+    compiled = compiled_for(w, dtype)
+    if compiled is not None and reference.BITS[w.format] in native.DECODED_BITS:
+        scale, zero = native.parameters(w)
+        out = torch.empty(part.stop - part.start, w.shape[1], dtype=dtype)
+        own = None if zero is None else zero[part]
+        return native.decode(w.qweight[part], w.format, scale[part], own, out, compiled)
     scale, zero = _parameters(w)
     rows = Weight(
         w.format,
@@ -116,10 +155,17 @@ def has_vectors() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
+def _multiplies_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and _has_bf16_products()
+
+
 @lru_cache(maxsize=1)
-def _has_bf16_tiles() -> bool:
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe()) if probe is not None else False
+def _has_bf16_products() -> bool:
+    """Whether the processor multiplies bf16 itself; where it does not, torch's bf16 product loses to its fp32 one."""
+    probes = (
+        getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
+    return any(probe is not None and probe() for probe in probes)
 
 
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -137,6 +183,19 @@ def _group_index(w: Weight) -> Tensor:
     if w.g_idx is not None:
         return w.g_idx.long()
     return torch.arange(w.shape[1], device=w.qweight.device) // (w.shape[1] // w.groups)
+
+
+class _Compiled:
+    """The activations, and the memory that every block of at most ``step`` rows is decoded into."""
+
+    def __init__(self, x: Tensor, w: Weight, step: int, library: CDLL) -> None:
+        self.x, self.w, self.library = x, w, library
+        self.block = torch.empty(step, w.shape[1], dtype=x.dtype)
+
+    def multiply(self, part: slice, scale: Tensor, zero: Tensor | None) -> Tensor:
+        block = self.block[: part.stop - part.start]
+        native.decode(self.w.qweight[part], self.w.format, scale, zero, block, self.library)
+        return torch.nn.functional.linear(self.x, block)
 
 
 class _Inputs:

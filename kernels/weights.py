@@ -51,7 +51,7 @@ def pack_weight(
         scales_map: fp32 [256], the values of double-quantized scale codes; needed only with those.
         layout_name: one of :data:`LAYOUTS`, or ``auto``: tiles on a GPU with triton where the kernels take
             the group
-            size, cpu_int4 for int4 and bf16 on a CPU, portable otherwise.
+            size, cpu_int4 for int4 and bf16 on a CPU without a C compiler, portable otherwise.
 
     Raises:
         ValueError, TypeError: tensors that do not fit together, or a layout that cannot hold this weight.
@@ -70,7 +70,8 @@ def pack_weight(
         if w.qweight.is_cuda and tileable and dtype in (torch.float16, torch.bfloat16) and has_triton():
             choice = "tiles"
         elif w.qweight.is_cpu and dtype == torch.bfloat16 and cpu.can_pack_int4(w) and cpu.has_vectors():
-            choice = "cpu_int4"
+            # as fast as the compiled product, which needs no second copy, but here without a compiler
+            choice = "cpu_int4" if cpu.compiled_for(w, dtype) is None else "portable"
     if choice == "portable":
         return PackedWeight(fmt, shape, choice, given)
     if choice == "tiles":

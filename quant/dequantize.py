@@ -1,6 +1,7 @@
 """Codes back to weights, a range of rows at a time, so that the whole fp32 matrix never has to exist.
 
-A byte of two 4-bit codes indexes a table of 256 pairs, so that two weights cost one look-up.
+By the compiled code of :mod:`brise.kernels.native`, where that is; without, a byte of two 4-bit codes indexes a table
+of 256 pairs, so that two weights cost one look-up.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..kernels import native
 from .formats import FORMATS
 from .minimum import MinimumFormat
 from .packing import unpack_codes
@@ -30,7 +32,7 @@ def dequantize_rows(q: QuantizedTensor, start: int, stop: int, dtype: torch.dtyp
     """Rows ``start`` to ``stop`` of the weight [N, K], computed in fp32 and rounded once to ``dtype``; on all cores."""
     packed, params = q.tensors["qweight"][start:stop], q.params(start, stop)
     rows, width = packed.shape[0], q.shape[1]
-    if packed.device.type != "cpu" or rows * width < _MANY:
+    if packed.device.type != "cpu" or rows * width < _MANY or native.active() is not None:
         return decode_packed(packed, params, q.spec, width, dtype)
     out = torch.empty(rows, width, dtype=dtype)
     with Workers() as workers:
@@ -48,6 +50,8 @@ def decode_packed(packed: Tensor, params: Params, spec: QuantSpec, width: int, d
 
 
 def _decode_into(out: Tensor, packed: Tensor, params: Params, spec: QuantSpec) -> None:
+    if native.decode_into(out, packed, spec.format, params.scale, params.zero, params.g_idx):
+        return
     fmt = FORMATS[spec.format]
     rows, width = out.shape
     groups = params.scale.shape[1]

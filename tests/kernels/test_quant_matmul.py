@@ -6,13 +6,26 @@ import sys
 import pytest
 import torch
 
-from brise.kernels import checks, cpu, layout, ops, reference
+from brise.kernels import checks, cpu, layout, native, ops, reference
 from brise.kernels.budget import check_budget
 from brise.quant.config import QuantSpec
 from brise.quant.double_quant import dynamic_map
 from brise.quant.nf4 import FP4_VALUES, NF4_VALUES
 from brise.quant.packing import pack_codes
 from brise.quant.rtn import rtn
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def way(request):
+    """The products of the CPU as they come, and as they are where nothing can be compiled."""
+    if request.param == "torch":
+        with native.without():
+            yield request.param
+    elif native.active() is None:
+        pytest.skip("there is no C compiler here")
+    else:
+        yield request.param
+
 
 MAP = dynamic_map(torch.device("cpu"))
 FORMATS = sorted(reference.BITS)
@@ -48,7 +61,7 @@ CASES = [
 
 @pytest.mark.parametrize("fmt,symmetric,double", CASES)
 @pytest.mark.parametrize("group,k", [(32, 96), (None, 75), (24, 72)])
-def test_every_path_of_the_cpu_keeps_the_budget(fmt, symmetric, double, group, k):
+def test_every_path_of_the_cpu_keeps_the_budget(way, fmt, symmetric, double, group, k):
     torch.manual_seed(1)
     w, dense = packed(fmt, 37, k, group, symmetric=symmetric, double=double)
     for m, dtype in ((1, torch.float32), (3, torch.float16), (40, torch.bfloat16)):
@@ -68,7 +81,7 @@ def test_every_path_of_the_cpu_keeps_the_budget(fmt, symmetric, double, group, k
         torch.testing.assert_close(ops.quant_matmul(x, w, impl=impl), x @ dense.T, rtol=1e-12, atol=1e-12)
 
 
-def test_a_weight_larger_than_a_block_is_decoded_piece_by_piece(monkeypatch):
+def test_a_weight_larger_than_a_block_is_decoded_piece_by_piece(way, monkeypatch):
     monkeypatch.setattr(cpu, "_BLOCK", 1 << 10)
     for fmt in FORMATS:
         w, dense = packed(fmt, 130, 96, 32)
@@ -84,7 +97,7 @@ def test_a_weight_larger_than_a_block_is_decoded_piece_by_piece(monkeypatch):
 @pytest.mark.parametrize("m", [1, 3, 40])
 @pytest.mark.parametrize("fmt", ["int4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_wide_weights_keep_the_budget(fmt, m, dtype):
+def test_wide_weights_keep_the_budget(way, fmt, m, dtype):
     """int4 is two products of half the channels, int8 under bf16 torch's own."""
     torch.manual_seed(4)
     w, dense = packed(fmt, 128, 512, 32 if fmt == "int4" else None)
@@ -101,7 +114,8 @@ def test_wide_weights_keep_the_budget(fmt, m, dtype):
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_torch_packed_int4_keeps_the_budget_of_bfloat16(symmetric, group):
     torch.manual_seed(2)
-    w, dense = packed("int4", 192, 256, group, torch.bfloat16, "auto", symmetric=symmetric)
+    with native.without():
+        w, dense = packed("int4", 192, 256, group, torch.bfloat16, "auto", symmetric=symmetric)
     assert w.layout == "cpu_int4" and ("zeros" in w.tensors) != symmetric
     for m in (0, 1, 7):
         # a mean in x makes the rounding of the zero points add up, not average out

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from brise.cli.main import app
-from brise.eval.assets import cache_root
+from brise.kernels.cache_folder import cache_root
 from brise.model.checkpoint import load_model, load_tokenizer
 from brise.model.reader import CheckpointReader
 from brise.model.sentencepiece import merges_of, read_pieces, save_tokenizer

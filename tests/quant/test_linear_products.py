@@ -1,5 +1,6 @@
 """QuantLinear on the kernels: what is packed when, what is saved, and that nothing stale is ever multiplied."""
 
+import contextlib
 import copy
 import functools
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from brise.kernels import native
 from brise.kernels.budget import check_budget
 from brise.kernels.ops import dequantize, pack_weight
 from brise.quant import linear
@@ -25,13 +27,14 @@ SPECS = {
 }
 
 
-@pytest.fixture(params=["as it comes", "tiles"])
+@pytest.fixture(params=["as it comes", "torch", "tiles"])
 def layouts(request, monkeypatch):
-    """Packing as a CPU does it, and as a GPU does: the products of tiles run on a CPU as well."""
+    """Packing as a CPU does it, with and without compiled code, and as a GPU does: tiles are for a CPU as well."""
     if request.param == "tiles":
         tiles = functools.partial(pack_weight, layout_name="tiles")
         monkeypatch.setattr(linear, "pack_weight", tiles)
-    return request.param
+    with native.without() if request.param == "torch" else contextlib.nullcontext():
+        yield request.param
 
 
 def make(name: str, seed: int = 0):
@@ -64,7 +67,7 @@ def test_what_is_saved_is_the_stored_form_to_the_bit(name, dtype, layouts):
         sizes = sum(b.nbytes for b in module.buffers())
         assert sizes <= q.nbytes + 1024 + (stored["zeros"].numel() * 4 if "zeros" in stored else 0)
     else:
-        int4 = name.startswith("int4") and dtype == torch.bfloat16
+        int4 = name.startswith("int4") and dtype == torch.bfloat16 and native.active() is None
         assert (
             module.layout == ("cpu_int4" if int4 else "portable") and module.qweight is q.tensors["qweight"]
         )

@@ -1,0 +1,203 @@
+"""The compiled part of the CPU's products: ``native.c``, built by the C compiler of the machine on first use.
+
+A codebook of 16 values fits one vector register, so a look-up is one instruction; torch has no operator for it, and
+what it takes to imitate one (:mod:`.cpu`) costs ten times as much. As with Triton's launchers, a compiler is needed
+where the code runs: ``$CC``, gcc, clang or cc. Where there is none, or no AVX2, or ``BRISE_NATIVE=0`` is set,
+:mod:`.cpu` does without. The library is kept in the cache folder, by a hash of its source and of how it was built.
+
+It shares torch's own threads: OpenMP's functions are left open, for the library that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .cache_folder import cache_root
+from .reference import Weight
+
+SOURCE = Path(__file__).with_suffix(".c")
+# what the compiler may use, by what torch finds on this processor
+_FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+}
+# sums in one order and with the roundings that are written down
+_ALWAYS = ("-O3", "-ffp-contract=off", "-fPIC")
+_BITS, DECODED_BITS = (2, 4, 8), (4, 8)
+_DOES_NOT_LOAD = "does not load"
+_aside: list[bool] = []
+# of activations and decoded weights, by their numbers there
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@lru_cache(maxsize=4)
+def library(capability: str | None = None) -> ctypes.CDLL | None:
+    """The compiled library for a ``capability`` of torch's naming (that of this machine), or None without one."""
+    flags = _FLAGS.get(capability or torch.backends.cpu.get_cpu_capability())
+    if flags is None or os.environ.get("BRISE_NATIVE") == "0":
+        return None
+    named = os.environ.get("CC")
+    for compiler in [named] if named else ["gcc", "clang", "cc"]:
+        # without OpenMP where its functions are not there: one thread then, and still the faster way
+        for threads in (("-fopenmp",), ()):
+            built = _built(compiler, (*_ALWAYS, *flags, *threads))
+            if built is not None:
+                return built
+    return None
+
+
+def _build(program: str, flags: tuple[str, ...], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unit, made = f"{folder}/unit.o", f"{folder}/made.so"
+        # in two steps, or -fopenmp would link a second OpenMP beside torch's
+        for command in (
+            [program, *flags, "-c", str(SOURCE), "-o", unit],
+            [program, "-shared", unit, "-o", made],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+        Path(made).replace(path)
+
+
+def active() -> ctypes.CDLL | None:
+    """The library of this machine; None without one, and where :func:`without` has put it aside."""
+    return None if _aside else library()
+
+
+@contextlib.contextmanager
+def without() -> Iterator[None]:
+    """Within it the products do without the compiled code: for tests and comparisons."""
+    _aside.append(True)
+    try:
+        yield
+    finally:
+        _aside.pop()
+
+
+def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
+    program = shutil.which(compiler)
+    if program is None:
+        return None
+    source = SOURCE.read_bytes()
+    digest = hashlib.sha256(b"\0".join([source, program.encode(), *map(str.encode, flags)])).hexdigest()
+    path = cache_root() / "native" / f"{digest[:24]}.so"
+    # what the file must be: to load a damaged one can end the process
+    record = path.with_suffix(".sha256")
+    found = None
+    try:
+        known = record.read_text() if record.is_file() else ""
+        if known == _DOES_NOT_LOAD:
+            return None
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != known:
+            _build(program, flags, path)
+            record.write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+        try:
+            found = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+        except OSError:  # the next process need not try
+            record.write_text(_DOES_NOT_LOAD)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if found is None:
+        return None
+    pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
+    found.brise_matmul.argtypes = [pointer] * 6 + [size] * 4 + [ctypes.c_int]
+    found.brise_decode.argtypes = [pointer] * 5 + [size] * 3 + [ctypes.c_int] * 2
+    found.brise_matmul.restype = found.brise_decode.restype = None
+    return found
+
+
+def takes(fmt: str, width: int, groups: int, library: ctypes.CDLL) -> bool:
+    """Whether the compiled code takes rows of ``width`` codes in ``groups``: 2, 4 or 8 bits, whole vectors a group."""
+    bits = reference.BITS.get(fmt)
+    return (
+        bits in _BITS
+        and groups > 0
+        and width > 0
+        and width * bits % (8 * groups * library.brise_lanes()) == 0
+    )
+
+
+def matmul(x: Tensor, w: Weight, library: ctypes.CDLL) -> Tensor:
+    """x [M, K] times W^T -> fp32 [M, N], computed in fp32; a row depends on no other row, in any bit."""
+    bits = reference.BITS[w.format]
+    # all first codes of the bytes, then all second ones
+    phases = x.reshape(x.shape[0], x.shape[1] * bits // 8, 8 // bits).transpose(1, 2)
+    held = torch.empty(phases.shape, dtype=torch.float32).copy_(phases)
+    scale, zero = parameters(w)
+    out = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32)
+    library.brise_matmul(
+        *_addresses(held, w.qweight, scale, zero, _values(w.format, zero is not None), out),
+        x.shape[0], *w.shape, w.groups, bits,
+    )  # fmt: skip
+    return out
+
+
+def decode(
+    codes: Tensor, fmt: str, scale: Tensor, zero: Tensor | None, out: Tensor, library: ctypes.CDLL
+) -> Tensor:
+    """Packed codes uint8 [R, B] of 4 or 8 bits, ``scale`` and ``zero`` fp32 [R, G] -> ``out`` [R, K] of any dtype but
+    fp64: computed in fp32 and rounded once."""
+    bits = reference.BITS[fmt]
+    rows, width = out.shape
+    library.brise_decode(
+        *_addresses(codes, scale, zero, _values(fmt, zero is not None), out),
+        rows, width, scale.shape[1], bits, DTYPES[out.dtype],
+    )  # fmt: skip
+    return out
+
+
+def decode_into(
+    out: Tensor, codes: Tensor, fmt: str, scale: Tensor, zero: Tensor | None, g_idx: Tensor | None
+) -> bool:
+    """As :func:`decode`, where the compiled code is there and takes this weight; False, and nothing done, elsewhere."""
+    compiled = active()
+    if compiled is None or g_idx is not None or out.dtype not in DTYPES or not (out.is_cpu and codes.is_cpu):
+        return False
+    if reference.BITS.get(fmt) not in DECODED_BITS or not takes(fmt, out.shape[1], scale.shape[1], compiled):
+        return False
+    if scale.dtype != torch.float32 or not out.is_contiguous():
+        return False
+    if reference.BITS[fmt] == 8 and zero is None:
+        zero = torch.full_like(scale, 128.0)
+    zero = None if zero is None else zero.to(torch.float32).contiguous()
+    decode(codes.contiguous(), fmt, scale.contiguous(), zero, out, compiled)
+    return True
+
+
+def parameters(w: Weight) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points, fp32 [N, G], contiguous; of symmetric 8 bits, whose codes begin at 128, as well."""
+    scale = reference.scales(w).contiguous()
+    bits = reference.BITS[w.format]
+    if w.zeros is not None:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        zeros = w.zeros[:, :, None].bitwise_right_shift(shifts).bitwise_and_((1 << bits) - 1)
+        return scale, zeros.flatten(1)[:, : w.groups].to(torch.float32).contiguous()
+    return scale, torch.full_like(scale, 128.0) if bits == 8 else None
+
+
+@lru_cache(maxsize=16)
+def _values(fmt: str, has_zero: bool) -> Tensor:
+    """What the low 4 bits of a code stand for, fp32 [16]; with fewer bits the higher ones are another code's."""
+    count = 1 << min(4, reference.BITS[fmt])
+    middle = 0 if has_zero else count // 2
+    values = reference.CODEBOOKS.get(fmt) or [float(code - middle) for code in range(count)]
+    return torch.tensor(values, dtype=torch.float32).repeat(16 // count)
+
+
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    for tensor in tensors:
+        assert tensor is None or tensor.is_contiguous(), "the compiled code knows no strides"
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]

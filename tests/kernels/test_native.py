@@ -1,0 +1,149 @@
+"""The compiled products of the CPU: decoded to the bit, multiplied within the budget, and what happens without them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from brise.kernels import native, ops, reference
+from brise.kernels.budget import check_budget
+from brise.kernels.reference import Weight
+from brise.quant.config import QuantSpec
+from brise.quant.rtn import rtn
+
+CAPABILITIES = ["AVX512", "AVX2"]
+# what this machine's processor can run
+RUNNABLE = CAPABILITIES[CAPABILITIES.index(torch.backends.cpu.get_cpu_capability()) :] if (
+    torch.backends.cpu.get_cpu_capability() in CAPABILITIES
+) else []  # fmt: skip
+CASES = [
+    ("nf4", 64, True),
+    ("fp4", 32, True),
+    ("int4", None, True),
+    ("int4", 32, False),
+    ("int8", 32, False),
+    ("int8", None, True),
+    ("int2", 64, False),
+    ("int2", 128, True),
+]
+
+
+@pytest.fixture(params=CAPABILITIES)
+def library(request):
+    if request.param not in RUNNABLE:
+        pytest.skip(f"this processor has no {request.param}")
+    found = native.library(request.param)
+    if found is None:
+        pytest.skip("there is no C compiler here")
+    assert found.brise_lanes() == {"AVX512": 16, "AVX2": 8}[request.param]
+    return found
+
+
+def weight(fmt, group, symmetric, n=37, k=256):
+    torch.manual_seed(3)
+    spec = QuantSpec(format=fmt, group_size=group, symmetric=symmetric)
+    q = rtn(torch.randn(n, k) + 0.3, spec)
+    tensors = q.tensors
+    return Weight(fmt, (n, k), tensors["qweight"], tensors["scales"], tensors.get("zeros"))
+
+
+@pytest.mark.parametrize("fmt, group, symmetric", CASES)
+def test_products_keep_the_budget_and_rows_know_nothing_of_one_another(library, fmt, group, symmetric):
+    w = weight(fmt, group, symmetric)
+    dense = reference.dequantize(w, torch.float64)
+    x = torch.randn(11, 256)
+    out = native.matmul(x, w, library)
+    check_budget(out, x @ dense.float().T, x.double() @ dense.T, fmt)
+    for rows in (x[:1], x[3:5], x[4:11], x[:0]):
+        first = 0 if rows.shape[0] in (0, 1) else 3 if rows.shape[0] == 2 else 4
+        assert torch.equal(native.matmul(rows, w, library), out[first : first + rows.shape[0]])
+    turned = x.t().contiguous().t()
+    assert torch.equal(native.matmul(turned, w, library), out), "strided activations"
+
+
+@pytest.mark.parametrize("dtype", list(native.DTYPES))
+@pytest.mark.parametrize("fmt, group, symmetric", [case for case in CASES if case[0] != "int2"])
+def test_decoded_to_the_bit(library, fmt, group, symmetric, dtype):
+    w = weight(fmt, group, symmetric)
+    out = native.decode(w.qweight, fmt, *native.parameters(w), torch.empty(w.shape, dtype=dtype), library)
+    assert torch.equal(out, reference.dequantize(w, dtype))
+
+
+def test_every_code_of_every_phase(library):
+    """Each code in each place of a byte, by hand: a row of ones and zeros picks one channel."""
+    for fmt, bits in (("nf4", 4), ("int2", 2), ("int8", 8)):
+        count = 1 << bits
+        width = max(512, count)
+        codes = (torch.arange(width) * 7 % count).to(torch.uint8)
+        per_byte = 8 // bits
+        parts = codes.view(-1, per_byte).to(torch.int64)
+        packed = sum(parts[:, i] << (bits * i) for i in range(per_byte)).to(torch.uint8)[None]
+        w = Weight(fmt, (1, width), packed, torch.full((1, 1), 2.0))
+        values = reference.CODEBOOKS.get(fmt) or [float(c - count // 2) for c in range(count)]
+        expected = torch.tensor([values[c] for c in codes.tolist()]) * 2
+        assert torch.equal(native.matmul(torch.eye(width), w, library)[:, 0], expected)
+
+
+@pytest.mark.parametrize(
+    "fmt, width, groups", [("nf4", 8, 1), ("int4", 72, 3), ("int3", 64, 1), ("int2", 32, 1)]
+)
+def test_what_is_not_taken_goes_the_other_way(fmt, width, groups):
+    library = native.active()
+    if library is None:
+        pytest.skip("there is no C compiler here")
+    assert not native.takes(fmt, width, groups, library)
+
+
+def test_with_and_without_it_products_agree(monkeypatch):
+    """QuantLinear's op, both ways, and a product so large that it is decoded block by block."""
+    q = rtn(torch.randn(48, 256), QuantSpec(format="nf4"))
+    w = ops.pack_weight(dict(q.tensors), "nf4", (48, 256), torch.float32)
+    for rows in (1, 100):
+        x = torch.randn(rows, 256)
+        exact = x.double() @ q.dequantize(torch.float64).T
+        for way in (ops.quant_matmul(x, w), *_without(lambda x=x: ops.quant_matmul(x, w))):
+            check_budget(way, x @ q.dequantize().T, exact)
+
+
+def _without(call):
+    with native.without():
+        assert native.active() is None
+        yield call()
+
+
+CHECK = """
+import torch
+from brise.kernels import native
+print(native.library() is not None)
+"""
+
+
+@pytest.mark.parametrize("how", ["none", "off", "failing", "damaged", "built", "kept"])
+def test_a_machine_without_a_compiler_or_with_a_damaged_cache(tmp_path, how, monkeypatch):
+    if not RUNNABLE or native.library() is None:
+        pytest.skip("nothing can be compiled here")
+    environment = {"BRISE_CACHE": str(tmp_path)}
+    if how == "none":
+        environment["CC"] = "no-such-compiler"
+    elif how == "off":
+        environment["BRISE_NATIVE"] = "0"
+    elif how == "failing":
+        environment["CC"] = "false"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def run():
+        done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=True)
+        return done.stdout.strip() == "True"
+
+    found = run()
+    assert found == (how in ("damaged", "built", "kept"))
+    made = list((tmp_path / "native").glob("*.so")) if (tmp_path / "native").is_dir() else []
+    assert len(made) == (1 if found else 0) and not (tmp_path / "native" / "unit.o").exists()
+    if how == "damaged":
+        made[0].write_bytes(made[0].read_bytes()[:2000])
+        assert run() and made[0].stat().st_size > 2000
+    if how == "kept":
+        before = made[0].stat().st_mtime_ns
+        assert run() and made[0].stat().st_mtime_ns == before
