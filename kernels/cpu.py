@@ -74,7 +74,7 @@ def _in_blocks(
     tiles = rows >= _MANY_ROWS and not batch_invariant and _multiplies_bf16(x)
     work = torch.bfloat16 if tiles else _work_dtype(x.dtype)
     inputs: _Inputs | _Compiled
-    if compiled is not None and reference.BITS[w.format] in native.DECODED_BITS:
+    if compiled is not None and native.decodes(w.format, width, w.groups, compiled):
         scale, zero = native.parameters(w)
         inputs = _Compiled(x.to(work), w, min(step, n), compiled)
     else:
@@ -124,7 +124,7 @@ def matmul_backward(grad: Tensor, w: Weight) -> Tensor:
 def dequantize_rows(w: Weight, part: slice, dtype: torch.dtype) -> Tensor:
     """Rows ``part`` of W, dense."""
     compiled = compiled_for(w, dtype)
-    if compiled is not None and reference.BITS[w.format] in native.DECODED_BITS:
+    if compiled is not None and native.decodes(w.format, w.shape[1], w.groups, compiled):
         scale, zero = native.parameters(w)
         out = torch.empty(part.stop - part.start, w.shape[1], dtype=dtype)
         own = None if zero is None else zero[part]

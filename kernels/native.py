@@ -31,22 +31,30 @@ from .reference import Weight
 SOURCE = Path(__file__).with_suffix(".c")
 # what the compiler may use, by what torch finds on this processor
 _FLAGS = {
+    "AVX512_BF16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
 # sums in one order and with the roundings that are written down
 _ALWAYS = ("-O3", "-ffp-contract=off", "-fPIC")
-_BITS, DECODED_BITS = (2, 4, 8), (4, 8)
+_BITS = (2, 4, 8)
 _DOES_NOT_LOAD = "does not load"
 _aside: list[bool] = []
 # of activations and decoded weights, by their numbers there
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def processor() -> str:
+    """What this processor has, in the names of :data:`_FLAGS`; another name where that is not enough."""
+    found = str(torch.backends.cpu.get_cpu_capability())
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return f"{found}_BF16" if found == "AVX512" and probe is not None and probe() else found
+
+
 @lru_cache(maxsize=4)
-def library(capability: str | None = None) -> ctypes.CDLL | None:
-    """The compiled library for a ``capability`` of torch's naming (that of this machine), or None without one."""
-    flags = _FLAGS.get(capability or torch.backends.cpu.get_cpu_capability())
+def library(kind: str | None = None) -> ctypes.CDLL | None:
+    """The compiled library for a ``kind`` of processor (by default this one's), or None without one."""
+    flags = _FLAGS.get(kind or processor())
     if flags is None or os.environ.get("BRISE_NATIVE") == "0":
         return None
     named = os.environ.get("CC")
@@ -113,36 +121,68 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     if found is None:
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
-    found.brise_matmul.argtypes = [pointer] * 6 + [size] * 4 + [ctypes.c_int]
+    found.brise_matmul.argtypes = [pointer] * 6 + [size] * 4 + [ctypes.c_int] * 2
     found.brise_decode.argtypes = [pointer] * 5 + [size] * 3 + [ctypes.c_int] * 2
     found.brise_matmul.restype = found.brise_decode.restype = None
     return found
 
 
 def takes(fmt: str, width: int, groups: int, library: ctypes.CDLL) -> bool:
-    """Whether the compiled code takes rows of ``width`` codes in ``groups``: 2, 4 or 8 bits, whole vectors a group."""
+    """Whether the compiled code takes rows of ``width`` codes in ``groups``: 2, 4 or 8 bits, and chunks of whole groups
+    or groups of whole chunks."""
+    bits = reference.BITS.get(fmt)
+    if bits not in _BITS or groups < 1 or width < 1 or width * bits % (8 * groups):
+        return False
+    lane = 1 if bits == 8 else 4
+    chunk, group = lane * library.brise_lanes(), width * bits // 8 // groups
+    return group % lane == 0 and (groups == 1 or group % chunk == 0 or chunk % group == 0)
+
+
+def matmul(x: Tensor, w: Weight, library: ctypes.CDLL) -> Tensor:
+    """x [M, K] times W^T -> fp32 [M, N]; a row depends on no other row, in any bit.
+
+    Computed in fp32; of bf16 activations, where the processor multiplies those and the weight has 4 bits and no zero
+    points, with the format's values in bf16 and sums in fp32.
+    """
+    bits = reference.BITS[w.format]
+    scale, zero = parameters(w)
+    bf16 = x.dtype == torch.bfloat16 and bits == 4 and zero is None and bool(library.brise_has_bf16())
+    out = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32)
+    # held by names while they are read
+    ordered = _by_chunks(x, bits, bf16, library.brise_lanes())
+    values = _values(w.format, zero is not None)
+    library.brise_matmul(
+        *_addresses(ordered, w.qweight, scale, zero, values, out),
+        x.shape[0], *w.shape, w.groups, bits, int(bf16),
+    )  # fmt: skip
+    return out
+
+
+def _by_chunks(x: Tensor, bits: int, bf16: bool, lanes: int) -> Tensor:
+    """x [M, K] in the order of the compiled products: [M, chunks, codes a word, words a chunk], then zeros."""
+    if bf16:
+        words, a_word = 2 * lanes, 4
+    else:
+        words, a_word = lanes, 1 if bits == 8 else 32 // bits
+    rows, width = x.shape
+    chunk = words * a_word
+    count = -(-width // chunk)
+    if width % chunk:
+        x = torch.nn.functional.pad(x, (0, count * chunk - width))
+    ordered = x.reshape(rows, count, words, a_word).transpose(2, 3)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return torch.empty(ordered.shape, dtype=dtype).copy_(ordered)
+
+
+def decodes(fmt: str, width: int, groups: int, library: ctypes.CDLL) -> bool:
+    """Whether :func:`decode` takes rows of ``width`` codes in ``groups``: 4 or 8 bits, groups of whole vectors."""
     bits = reference.BITS.get(fmt)
     return (
-        bits in _BITS
+        bits in (4, 8)
         and groups > 0
         and width > 0
         and width * bits % (8 * groups * library.brise_lanes()) == 0
     )
-
-
-def matmul(x: Tensor, w: Weight, library: ctypes.CDLL) -> Tensor:
-    """x [M, K] times W^T -> fp32 [M, N], computed in fp32; a row depends on no other row, in any bit."""
-    bits = reference.BITS[w.format]
-    # all first codes of the bytes, then all second ones
-    phases = x.reshape(x.shape[0], x.shape[1] * bits // 8, 8 // bits).transpose(1, 2)
-    held = torch.empty(phases.shape, dtype=torch.float32).copy_(phases)
-    scale, zero = parameters(w)
-    out = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32)
-    library.brise_matmul(
-        *_addresses(held, w.qweight, scale, zero, _values(w.format, zero is not None), out),
-        x.shape[0], *w.shape, w.groups, bits,
-    )  # fmt: skip
-    return out
 
 
 def decode(
@@ -152,8 +192,9 @@ def decode(
     fp64: computed in fp32 and rounded once."""
     bits = reference.BITS[fmt]
     rows, width = out.shape
+    values = _values(fmt, zero is not None)
     library.brise_decode(
-        *_addresses(codes, scale, zero, _values(fmt, zero is not None), out),
+        *_addresses(codes, scale, zero, values, out),
         rows, width, scale.shape[1], bits, DTYPES[out.dtype],
     )  # fmt: skip
     return out
@@ -166,26 +207,24 @@ def decode_into(
     compiled = active()
     if compiled is None or g_idx is not None or out.dtype not in DTYPES or not (out.is_cpu and codes.is_cpu):
         return False
-    if reference.BITS.get(fmt) not in DECODED_BITS or not takes(fmt, out.shape[1], scale.shape[1], compiled):
+    if not decodes(fmt, out.shape[1], scale.shape[1], compiled):
         return False
     if scale.dtype != torch.float32 or not out.is_contiguous():
         return False
-    if reference.BITS[fmt] == 8 and zero is None:
-        zero = torch.full_like(scale, 128.0)
     zero = None if zero is None else zero.to(torch.float32).contiguous()
     decode(codes.contiguous(), fmt, scale.contiguous(), zero, out, compiled)
     return True
 
 
 def parameters(w: Weight) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points, fp32 [N, G], contiguous; of symmetric 8 bits, whose codes begin at 128, as well."""
+    """Scales and zero points, fp32 [N, G], contiguous."""
     scale = reference.scales(w).contiguous()
     bits = reference.BITS[w.format]
     if w.zeros is not None:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
         zeros = w.zeros[:, :, None].bitwise_right_shift(shifts).bitwise_and_((1 << bits) - 1)
         return scale, zeros.flatten(1)[:, : w.groups].to(torch.float32).contiguous()
-    return scale, torch.full_like(scale, 128.0) if bits == 8 else None
+    return scale, None
 
 
 @lru_cache(maxsize=16)

@@ -12,11 +12,9 @@ from brise.kernels.reference import Weight
 from brise.quant.config import QuantSpec
 from brise.quant.rtn import rtn
 
-CAPABILITIES = ["AVX512", "AVX2"]
+KINDS = {"AVX512_BF16": 16, "AVX512": 16, "AVX2": 8}
 # what this machine's processor can run
-RUNNABLE = CAPABILITIES[CAPABILITIES.index(torch.backends.cpu.get_cpu_capability()) :] if (
-    torch.backends.cpu.get_cpu_capability() in CAPABILITIES
-) else []  # fmt: skip
+RUNNABLE = list(KINDS)[list(KINDS).index(native.processor()) :] if native.processor() in KINDS else []
 CASES = [
     ("nf4", 64, True),
     ("fp4", 32, True),
@@ -29,14 +27,15 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=CAPABILITIES)
+@pytest.fixture(params=list(KINDS))
 def library(request):
     if request.param not in RUNNABLE:
         pytest.skip(f"this processor has no {request.param}")
     found = native.library(request.param)
     if found is None:
         pytest.skip("there is no C compiler here")
-    assert found.brise_lanes() == {"AVX512": 16, "AVX2": 8}[request.param]
+    assert found.brise_lanes() == KINDS[request.param]
+    assert found.brise_has_bf16() == request.param.endswith("BF16")
     return found
 
 
@@ -86,7 +85,7 @@ def test_every_code_of_every_phase(library):
 
 
 @pytest.mark.parametrize(
-    "fmt, width, groups", [("nf4", 8, 1), ("int4", 72, 3), ("int3", 64, 1), ("int2", 32, 1)]
+    "fmt, width, groups", [("nf4", 4, 1), ("int4", 72, 3), ("int3", 64, 1), ("int2", 8, 1)]
 )
 def test_what_is_not_taken_goes_the_other_way(fmt, width, groups):
     library = native.active()
