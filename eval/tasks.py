@@ -127,6 +127,9 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError('tasks need lm-eval: pip install "brise[tasks]"') from error
+    # lm-eval asks transformers what a model's quantization method is, which without the plug-in knows ours not
+    from ..model import hf  # noqa: F401
+
     lm = HFLM(
         pretrained=model,
         tokenizer=tokenizer,
