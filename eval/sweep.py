@@ -90,7 +90,8 @@ def run_sweep(
             (the rows' spread is what the choice of text does); 0 makes it once, on the text's first windows.
         engine: where cells run; None is here, one after the other.
         progress: called with (stage, done, total); stages of a cell begin with its name, ``cells`` counts them.
-        note: called with a line on how far the sweep is and how long it will take, after every cell.
+        note: called with a line on how far the sweep is and how long it will take, after every cell, and with one on
+            why a cell failed.
 
     Raises:
         ConfigError: a configuration that cannot be read; nothing has run then.
@@ -146,6 +147,8 @@ class _Run:
         for number, (cell, result) in enumerate(self.engine.run(cells, self.progress), 1):
             if isinstance(result, Exception):
                 self.failures.append(Failure(cell.name, result))
+                # at once: the other cells may fail for the same reason, and take hours to do so
+                self.note(f"{cell.name} failed: {type(result).__name__}: {result}")
             else:
                 self.rows[cell.name] = result
                 append_row(self.out / ROWS, result, once=True)
