@@ -29,9 +29,26 @@ def quant_matmul(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
-    t = w.tensors
+    t = tuple(map(w.tensors.get, TENSORS))
+    if _needs_no_op(x, bias):
+        return _product(w.format, x, t, bias, w.shape[0], w.layout, impl, batch_invariant)
     op = getattr(torch.ops.brise, f"{w.format}_matmul")
-    return op(x, *(t.get(name) for name in TENSORS), bias, w.shape[0], w.layout, impl, batch_invariant)
+    return op(x, *t, bias, w.shape[0], w.layout, impl, batch_invariant)
+
+
+def _needs_no_op(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nobody looks at the op: no gradient, no compiler, no mode. Its dispatch takes as long as a small product
+    on a CPU."""
+    if (
+        not x.is_cpu
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
+        or torch.jit.is_tracing()
+    ):
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
 
 
 def _product(

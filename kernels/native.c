@@ -177,6 +177,7 @@ INLINE void product(int bits, int has_zero, int rows, int tokens, const weight *
         vec parts[4][4], zero[4];
         for (int r = 0; r < rows; r++) {
             const uint8_t *p = w->codes + (n + r) * c->row + at;
+            __builtin_prefetch(p + rows * c->row); /* the next rows; past the last it asks for nothing */
             codes[r] = bits == 8 ? signed_bytes(p, left < LANES ? (int)left : LANES)
                                  : words(p, left < LANES ? (int)left : LANES);
             if (has_zero) zero[r] = of_groups(w->zero, w, c, n + r, chunk);
@@ -221,7 +222,9 @@ INLINE void product_bf16(int rows, int tokens, const weight *w, const cut *c, pt
         ivec codes[4];
         vec parts[4][4];
         for (int r = 0; r < rows; r++) {
-            codes[r] = words(w->codes + (n + r) * c->row + at, left < LANES ? (int)left : LANES);
+            const uint8_t *p = w->codes + (n + r) * c->row + at;
+            __builtin_prefetch(p + rows * c->row);
+            codes[r] = words(p, left < LANES ? (int)left : LANES);
             for (int t = 0; t < tokens; t++) parts[r][t] = all(0);
         }
 #pragma GCC unroll 4
@@ -291,7 +294,7 @@ void brise_matmul(const void *x, const uint8_t *codes, const float *scale, const
     const ptrdiff_t token = c.chunks * c.chunk * (bits == 8 ? 1 : 8 / bits) * (bf16 ? 2 : 4);
     /* a strip of rows stays in the cache while all tokens pass */
     const ptrdiff_t strip = 16, strips = (n + strip - 1) / strip;
-#pragma omp parallel for schedule(static) if (m * n * k > 65536)
+#pragma omp parallel for schedule(static) if (m * n * k > 1 << 20)
     for (ptrdiff_t s = 0; s < strips; s++) {
         const ptrdiff_t stop = (s + 1) * strip < n ? (s + 1) * strip : n;
         ptrdiff_t step;
@@ -354,7 +357,7 @@ INLINE void decode_row(int bits, int has_zero, int kind, const weight *w, ptrdif
 void brise_decode(const uint8_t *codes, const float *scale, const float *zero, const float *values, void *out,
                   ptrdiff_t n, ptrdiff_t k, ptrdiff_t groups, int bits, int kind) {
     const weight w = {codes, scale, zero, values, n, k, groups};
-#pragma omp parallel for schedule(static) if (n * k > 65536)
+#pragma omp parallel for schedule(static) if (n * k > 1 << 20)
     for (ptrdiff_t row = 0; row < n; row++) {
         if (bits == 8 && zero) { DECODE(8, 1) }
         else if (bits == 8) { DECODE(8, 0) }
