@@ -39,14 +39,10 @@ def quant_matmul(
 def _needs_no_op(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody looks at the op: no gradient, no compiler, no mode. Its dispatch takes as long as a small product
     on a CPU."""
-    if (
-        not x.is_cpu
-        or type(x) is not Tensor
-        or torch._C._len_torch_dispatch_stack()
-        or torch.jit.is_tracing()
-    ):
+    # asked first: of what comes after, a compiler can make nothing
+    if torch.compiler.is_compiling() or not x.is_cpu or type(x) is not Tensor:
         return False
-    if torch.compiler.is_compiling():
+    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
 
