@@ -263,7 +263,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 f"tokens of {row['text']}: {row['seconds']:.0f} s, peak {_memory(row['process_peak'])}."
             )
     origin = rows[0]["provenance"]
-    versions = ", ".join(f"{k} {origin['versions'][k]}" for k in ("torch", "bitsandbytes", "brise"))
+    shown = ("torch", "bitsandbytes", "brise", "native")
+    versions = ", ".join(f"{k} {origin['versions'].get(k, 'none')}" for k in shown)
     lines += [f"- {origin['device']}, {origin['threads']} threads; {versions}; {origin['time']}.", ""]
     return "\n".join(lines)
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from ..kernels import native
+
 _PACKAGES = ("brise", "torch", "transformers", "safetensors", "numpy", "triton", "datasets")
 
 
@@ -24,7 +26,8 @@ class Provenance:
     """Of one row.
 
     Attributes:
-        versions: of python and the packages that the figures rest on; those not installed are left out.
+        versions: of python and the packages that the figures rest on; those not installed are left out. ``native`` is
+            the processor that the compiled products of the CPU are for, left out where nothing could be compiled.
         device: the processor's or GPU's name as the system gives it.
         threads: of torch on the CPU.
         seed: of everything random in the measurement.
@@ -67,6 +70,8 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    if native.active() is not None:
+        found["native"] = native.processor()
     return found
 
 

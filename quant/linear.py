@@ -79,8 +79,9 @@ class QuantLinear(_Quantized, nn.Linear):
     The products are those of :mod:`brise.kernels.ops`. Before the first one (and the first after a move) the
     weight is re-packed into the layout that is fastest for its device and the dtype of x. What is saved is always
     the portable form, to the bit. On a GPU the packed form takes its place in memory, and ``quantized()`` and
-    ``state_dict()`` undo it; torch's packed int4 of a CPU cannot be undone and lies beside it, half a byte a weight
-    more. A stored tensor is replaced by assigning it: one that is changed in place after a product is not seen.
+    ``state_dict()`` undo it. A CPU multiplies by the stored form; torch's packed int4, for bf16 where there is no C
+    compiler, cannot be undone and lies beside it, half a byte a weight more. A stored tensor is replaced by
+    assigning it: one that is changed in place after a product is not seen.
 
     The gradient flows to x; the codes are fixed. So adapters train on top. It is an nn.Linear, as peft adapts no other,
     whose ``weight`` is None: a dense copy is never made unasked.
