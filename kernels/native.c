@@ -14,6 +14,7 @@
    of the result depends on no other row of x, in any bit. */
 
 #include <immintrin.h>
+#include <math.h>
 #include <stdint.h>
 #include <stddef.h>
 
@@ -281,22 +282,44 @@ static void block_bf16(const weight *w, const cut *c, ptrdiff_t n, int rows, int
     SIZES(PRODUCT_BF16, 4)
 }
 
+/* As product, for a dense weight fp32 [N][K] that lies where codes do, and x as it comes. */
+INLINE void product_dense(int rows, int tokens, const weight *w, const cut *c, ptrdiff_t n, const float *x,
+                          float *out) {
+    (void)c;
+    const float *dense = (const float *)w->codes + n * w->k;
+    vec sums[4][4];
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) sums[r][t] = all(0);
+    for (ptrdiff_t k = 0; k < w->k; k += LANES) {
+        vec v[4];
+        for (int r = 0; r < rows; r++) {
+            v[r] = load(dense + r * w->k + k);
+            __builtin_prefetch(dense + (rows + r) * w->k + k);
+        }
+        for (int t = 0; t < tokens; t++) {
+            const vec with = load(x + t * w->k + k);
+            for (int r = 0; r < rows; r++) sums[r][t] = fma3(v[r], with, sums[r][t]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) out[t * w->n + n + r] = total(sums[r][t]);
+}
+
+#define PRODUCT_DENSE(KIND, ...) product_dense(__VA_ARGS__)
+static void block_dense(const weight *w, const cut *c, ptrdiff_t n, int rows, int tokens, const void *x, float *out) {
+    SIZES(PRODUCT_DENSE, 32)
+}
+
 typedef void block(const weight *, const cut *, ptrdiff_t, int, int, const void *, float *);
 
-/* x -> out fp32 [M][N]; with bf16, x is bf16 and the weight has 4 bits and no zero points */
-void brise_matmul(const void *x, const uint8_t *codes, const float *scale, const float *zero, const float *values,
-                  float *out, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, ptrdiff_t groups, int bits, int bf16) {
-    const weight w = {codes, scale, zero, values, n, k, groups};
-    const cut c = cut_of(&w, bits);
-    block *run = bits == 8 ? (zero ? block_8_1 : block_8_0) : bits == 4 ? (zero ? block_4_1 : block_4_0)
-                                                             : (zero ? block_2_1 : block_2_0);
-    if (bf16) run = block_bf16;
-    const ptrdiff_t token = c.chunks * c.chunk * (bits == 8 ? 1 : 8 / bits) * (bf16 ? 2 : 4);
+/* m tokens of x, each `token` bytes long, times all rows */
+static void all_blocks(block *run, const weight *w, const cut *c, const void *x, ptrdiff_t token, ptrdiff_t m,
+                       float *out) {
     /* a strip of rows stays in the cache while all tokens pass */
-    const ptrdiff_t strip = 16, strips = (n + strip - 1) / strip;
-#pragma omp parallel for schedule(static) if (m * n * k > 1 << 20)
+    const ptrdiff_t strip = 16, strips = (w->n + strip - 1) / strip;
+#pragma omp parallel for schedule(static) if (m * w->n * w->k > 1 << 20)
     for (ptrdiff_t s = 0; s < strips; s++) {
-        const ptrdiff_t stop = (s + 1) * strip < n ? (s + 1) * strip : n;
+        const ptrdiff_t stop = (s + 1) * strip < w->n ? (s + 1) * strip : w->n;
         ptrdiff_t step;
         for (ptrdiff_t t = 0; t < m; t += step) {
             step = m - t >= 4 ? 4 : m - t >= 2 ? 2 : 1;
@@ -305,9 +328,43 @@ void brise_matmul(const void *x, const uint8_t *codes, const float *scale, const
             ptrdiff_t rows;
             for (ptrdiff_t row = s * strip; row < stop; row += rows) {
                 rows = stop - row >= most ? most : 1;
-                run(&w, &c, row, (int)rows, (int)step, (const char *)x + t * token, out + t * n);
+                run(w, c, row, (int)rows, (int)step, (const char *)x + t * token, out + t * w->n);
             }
         }
+    }
+}
+
+/* x -> out fp32 [M][N]; with bf16, x is bf16 and the weight has 4 bits and no zero points */
+void brise_matmul(const void *x, const uint8_t *codes, const float *scale, const float *zero, const float *values,
+                  float *out, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, ptrdiff_t groups, int bits, int bf16) {
+    const weight w = {codes, scale, zero, values, n, k, groups};
+    const cut c = cut_of(&w, bits);
+    block *run = bits == 8 ? (zero ? block_8_1 : block_8_0) : bits == 4 ? (zero ? block_4_1 : block_4_0)
+                                                             : (zero ? block_2_1 : block_2_0);
+    const ptrdiff_t token = c.chunks * c.chunk * (bits == 8 ? 1 : 8 / bits) * (bf16 ? 2 : 4);
+    all_blocks(bf16 ? block_bf16 : run, &w, &c, x, token, m, out);
+}
+
+/* x fp32 [M][K] times a dense fp32 weight [N][K] -> out fp32 [M][N]; K of whole vectors */
+void brise_dense(const float *x, const float *dense, float *out, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k) {
+    const weight w = {(const uint8_t *)dense, 0, 0, 0, n, k, 1};
+    all_blocks(block_dense, &w, 0, x, k * 4, m, out);
+}
+
+/* sum = x + branch (x where there is none), out = sum / sqrt(mean(sum^2) + eps) * scale; [rows][width], whole vectors */
+void brise_rms_norm(const float *x, const float *branch, const float *scale, float *sum, float *out, ptrdiff_t rows,
+                    ptrdiff_t width, double eps) {
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        vec squares = all(0);
+        for (ptrdiff_t k = 0; k < width; k += LANES) {
+            const ptrdiff_t at = r * width + k;
+            const vec v = branch ? add(load(x + at), load(branch + at)) : load(x + at);
+            store(sum + at, v);
+            squares = fma3(v, v, squares);
+        }
+        const vec inverse = all(1.0f / sqrtf((float)(total(squares) / width + eps)));
+        for (ptrdiff_t k = 0; k < width; k += LANES)
+            store(out + r * width + k, mul(mul(load(sum + r * width + k), inverse), load(scale + k)));
     }
 }
 

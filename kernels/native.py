@@ -123,7 +123,11 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
     found.brise_matmul.argtypes = [pointer] * 6 + [size] * 4 + [ctypes.c_int] * 2
     found.brise_decode.argtypes = [pointer] * 5 + [size] * 3 + [ctypes.c_int] * 2
-    found.brise_matmul.restype = found.brise_decode.restype = None
+    found.brise_dense.argtypes = [pointer] * 3 + [size] * 3
+    found.brise_rms_norm.argtypes = [pointer] * 5 + [size] * 2 + [ctypes.c_double]
+    found.brise_rms_norm.restype = found.brise_dense.restype = found.brise_matmul.restype = (
+        found.brise_decode.restype
+    ) = None
     return found
 
 
@@ -156,6 +160,28 @@ def matmul(x: Tensor, w: Weight, library: ctypes.CDLL) -> Tensor:
         x.shape[0], *w.shape, w.groups, bits, int(bf16),
     )  # fmt: skip
     return out
+
+
+def dense(x: Tensor, weight: Tensor, library: ctypes.CDLL) -> Tensor:
+    """x fp32 [M, K] times a dense fp32 weight [N, K], K a multiple of the library's lanes -> [M, N].
+
+    For few rows, where the weight's way through memory is what takes the time. A row depends on no other row, in any
+    bit.
+    """
+    out = torch.empty(x.shape[0], weight.shape[0])
+    x = x.contiguous()
+    library.brise_dense(*_addresses(x, weight, out), x.shape[0], *weight.shape)
+    return out
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, branch: Tensor | None, library: ctypes.CDLL
+) -> tuple[Tensor, Tensor]:
+    """The norm of x + ``branch`` (all fp32 [R, D], weight [D], D a multiple of the library's lanes), and that sum."""
+    x, branch = x.contiguous(), None if branch is None else branch.contiguous()
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    library.brise_rms_norm(*_addresses(x, branch, weight, total, out), *x.shape, eps)
+    return out, total
 
 
 def _by_chunks(x: Tensor, bits: int, bf16: bool, lanes: int) -> Tensor:

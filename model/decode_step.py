@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from ..kernels import native
 from ..kernels.ops import rms_norm, swiglu
 from ..quant.linear import QuantEmbedding
 from .backbone import MistralModel
@@ -99,7 +100,7 @@ class DecodeModel:
                     ("mlp.down_proj",),
                 ):
                     made.append(project(block, names, **options))
-                    self._note(f"layers.{i}.{names[0].rpartition('.')[0]}", made[-1][1])
+                    self._note(f"layers.{i}.{names[0].rpartition('.')[0]}", made[-1][0])
                 for where, which in ((self.steps, 0), (self.chunks, 1)):
                     qkv, o, gate_up, down = (pair[which] for pair in made)
                     norms = (
@@ -108,7 +109,7 @@ class DecodeModel:
                     )
                     where.append(LayerWeights(norms[0], qkv, o, norms[1], gate_up, down))
             self.head, self.chunk_head = project(model, ("lm_head",), **options)
-            self._note("lm_head", self.chunk_head)
+            self._note("lm_head", self.head)
 
     def _note(self, path: str, made: Projection) -> None:
         self.repacked_bytes += made.nbytes
@@ -152,6 +153,9 @@ class DecodeModel:
         """The norm of x + branch, and that sum."""
         if not self.lean or weight.dtype != x.dtype or x.dtype != torch.float32:
             return rms_norm(x, weight, self.eps, branch)
+        library = native.active()
+        if library is not None and x.shape[-1] % library.brise_lanes() == 0:
+            return native.rms_norm(x, weight, self.eps, branch, library)
         if branch is not None:
             x = x + branch
         return torch.rms_norm(x, (x.shape[-1],), weight, self.eps), x

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..kernels import native
 from ..quant.formats import IMPORTED
 from ..quant.fuse import fuse, why_not
 from ..quant.linear import QuantLinear
 
-# rows from which on oneDNN's blocked weights win over transposed ones (measured, AVX-512: 4.8 against 7 GB/s at 8
-# rows, 10 against 7 at one; torch's own product with weights as they are stored: 2.9 and 8)
+# rows from which on oneDNN's blocked weights win over the compiled product (measured, AVX-512, 49152 x 576: 19 against
+# 13 GB/s at 8 rows, 21 each at one; torch's own product with weights as they are stored: 5 and 11)
 _BLOCKED_ROWS = 2
 
 
@@ -66,15 +67,17 @@ def project(
     """
     layers = [owner.get_submodule(name) for name in names]
     if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
-        whole = _dense(owner, names, layers, rows, repack)  # type: ignore[arg-type]
+        steps, prompts = _dense(layers, rows, repack)  # type: ignore[arg-type]
     elif all(isinstance(layer, QuantLinear) for layer in layers):
         return _quantized(owner, names, layers, dtype, invariant)  # type: ignore[arg-type]
     else:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
-        whole = Projection(_one_by_one(layers), f"{kinds} are no plain or quantized layers without bias")
+        steps = prompts = Projection(
+            _one_by_one(layers), f"{kinds} are no plain or quantized layers without bias"
+        )
     if not invariant:
-        return whole, whole
-    return Projection(RowByRow(whole.product), whole.separate, 0), whole
+        return steps, prompts
+    return Projection(RowByRow(steps.product), steps.separate, steps.nbytes), prompts
 
 
 def _one_by_one(products: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
@@ -83,23 +86,26 @@ def _one_by_one(products: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Ten
     return lambda x: torch.cat([product(x) for product in products], dim=-1)
 
 
-def _dense(
-    owner: nn.Module, names: Sequence[str], layers: list[nn.Linear], rows: int, repack: bool
-) -> Projection:
+def _dense(layers: list[nn.Linear], rows: int, repack: bool) -> tuple[Projection, Projection]:
+    """The products for steps of ``rows`` rows and for prompts; the layers become views of the whole."""
     weights = [layer.weight.detach() for layer in layers]
-    if weights[0].is_cpu and repack and weights[0].dtype == torch.float32:
-        return _repacked(weights, rows)
-    if len(weights) == 1:
-        return Projection(lambda x: nn.functional.linear(x, weights[0]))
-    whole = torch.cat(weights)
-    for layer, part in zip(layers, whole.split([w.shape[0] for w in weights])):
-        layer.weight = nn.Parameter(part, requires_grad=layer.weight.requires_grad)
-    return Projection(lambda x: nn.functional.linear(x, whole))
+    whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+    if len(weights) > 1:
+        for layer, part in zip(layers, whole.split([w.shape[0] for w in weights])):
+            layer.weight = nn.Parameter(part, requires_grad=layer.weight.requires_grad)
+    prompts = Projection(lambda x: nn.functional.linear(x, whole))
+    if whole.is_cpu and whole.dtype == torch.float32:
+        return _fp32_steps(whole, rows, repack) or prompts, prompts
+    return prompts, prompts
 
 
-def _repacked(weights: list[Tensor], rows: int) -> Projection:
-    """fp32 on a CPU: a copy in the layout that is fastest for ``rows`` rows; the originals stay as they are."""
-    whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+def _fp32_steps(whole: Tensor, rows: int, repack: bool) -> Projection | None:
+    """What is faster for ``rows`` rows on a CPU than torch's product with fp32 weights as they are stored."""
+    library = native.active()
+    if rows < _BLOCKED_ROWS and library is not None and whole.shape[1] % library.brise_lanes() == 0:
+        return Projection(lambda x: native.dense(x, whole, library))
+    if not repack:
+        return None
     if rows >= _BLOCKED_ROWS and torch.backends.mkldnn.is_available():
         blocked = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), rows)
         linear = torch.ops.mkldnn._linear_pointwise.default

@@ -69,6 +69,26 @@ def test_decoded_to_the_bit(library, fmt, group, symmetric, dtype):
     assert torch.equal(out, reference.dequantize(w, dtype))
 
 
+@pytest.mark.parametrize("n, k, m", [(37, 64, 11), (5, 1024, 1), (16, 16, 4)])
+def test_dense_products(library, n, k, m):
+    torch.manual_seed(5)
+    x, w = torch.randn(m, k), torch.randn(n, k) + 0.2
+    out = native.dense(x, w, library)
+    check_budget(out, x @ w.T, x.double() @ w.double().T)
+    assert torch.equal(native.dense(x[-1:], w, library), out[-1:])
+
+
+@pytest.mark.parametrize("branch", [True, False])
+def test_rms_norm(library, branch):
+    torch.manual_seed(6)
+    x, other, scale = torch.randn(3, 96) * 5, torch.randn(3, 96), torch.randn(96)
+    out, total = native.rms_norm(x, scale, 1e-2, other if branch else None, library)
+    assert torch.equal(total, x + other if branch else x)
+    exact = total.double()
+    exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-2).sqrt() * scale.double()
+    check_budget(out, torch.rms_norm(total, (96,), scale, 1e-2), exact)
+
+
 def test_every_code_of_every_phase(library):
     """Each code in each place of a byte, by hand: a row of ones and zeros picks one channel."""
     for fmt, bits in (("nf4", 4), ("int2", 2), ("int8", 8)):
