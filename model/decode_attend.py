@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.attention_ops import sliding_attention
 from ..kernels.decode_reference import visible
@@ -53,6 +53,16 @@ class ChunkAttention:
         q, k, v = self.heads.cut(qkv)
         q, keys, values, _ = self.cache.extend(i, q, k, v, *self.turn, self.positions, self.past)
         window = self.cache.rows.reach
+        if q.is_cpu and self.past == 0 and (window is None or q.shape[1] <= window):
+            # torch's own is faster where it can be had: it knows no window, and no keys before the first query
+            found = nn.functional.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                keys.transpose(1, 2),
+                values.transpose(1, 2),
+                is_causal=True,
+                enable_gqa=True,
+            )
+            return found.transpose(1, 2).flatten(2)
         return sliding_attention(q, keys, values, window=window).flatten(2)
 
 
@@ -133,7 +143,7 @@ class LeanAttention:
             layer.values[self.row, :, self.at] = values[self.row, self.token]
         # [B, KV, T * G, head_dim]: the query heads of a KV head side by side
         q = turned[:, :, : h.queries].view(batch, tokens, h.groups, -1, h.width).transpose(1, 2).flatten(2, 3)
-        found = torch.nn.functional.scaled_dot_product_attention(
+        found = nn.functional.scaled_dot_product_attention(
             q, layer.keys[:, :, : self.used], layer.values[:, :, : self.used], attn_mask=self.mask
         )
         return found.view(batch, h.groups, tokens, -1, h.width).transpose(1, 2).reshape(batch, tokens, -1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import MistralConfig
 
+from brise.kernels import native
 from brise.model.checkpoint import load_model, save_model
 from brise.model.decode_step import DecodeModel
 from brise.model.generate import Generator, Request, generate
@@ -58,7 +59,11 @@ def test_what_is_shared_is_stored_once():
         assert len({getattr(p, name).untyped_storage().data_ptr() for p in parts}) == 1
         assert made.separate == {} and made.repacked_bytes == 0
     weights = sum(p.nbytes for n, p in model_of(None).named_parameters() if "proj" in n or "lm_head" in n)
-    assert DecodeModel(model_of(None), repack=True).repacked_bytes == weights
+    assert DecodeModel(model_of(None), rows=2, repack=True).repacked_bytes == weights
+    with native.without():
+        assert DecodeModel(model_of(None), repack=True).repacked_bytes == weights
+    if native.active() is not None:
+        assert DecodeModel(model_of(None), repack=True).repacked_bytes == 0
 
 
 def test_what_stays_separate_is_named():
