@@ -235,6 +235,61 @@ def test_no_name_lies_on_a_point_or_another_name(crowded):
             assert not (box.x0 < x < box.x1 and box.y0 < y < box.y1), (name, row.name)
 
 
+def test_no_name_lies_on_a_bar_or_on_the_front():
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from brise.eval import plot
+
+    protocol = dataclasses.replace(PROTOCOL, speed=SpeedProtocol())
+    rows = [
+        make_row(name, size, 20, protocol=protocol, speed=Speed(Rate(1, 1, 1), Rate(*rate), 512, 16, 1, 5))
+        for name, size, rate in (
+            ("gptq-int3-g64", 157, (6.9, 6.5, 7.1)),
+            ("nf4-dq", 168, (6.0, 4.9, 6.2)),
+            ("int4-g64", 170, (5.6, 5.1, 6.9)),
+            ("gptq-int4", 170, (9.6, 8.5, 10.5)),
+            ("gptq-nf4", 173, (7.8, 6.7, 8.1)),
+            ("int8", 220, (6.1, 5.4, 8.0)),
+            ("last", 538, (13.5, 13.4, 13.7)),
+        )
+    ]
+    figure = Figure(figsize=(8, 5), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    speed = plot.QUANTITIES[2]
+    plot._draw(axes, rows, None, speed)
+    plot._label(figure, axes, rows, speed)
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    lines = []
+    for row in rows:
+        ends = [(row.memory.bytes / 1e6, y) for y in (row.speed.decode.p20, row.speed.decode.p80)]
+        lines.append((f"bar of {row.name}", axes.transData.transform(ends)))
+    best = axes.transData.transform([(157, 6.9), (170, 9.6), (538, 13.5)])
+    lines += [("front", best[:2]), ("front", best[1:])]
+    for text in axes.texts:
+        box = super_box(text, renderer)
+        for what, (a, b) in lines:
+            steps = [a + (b - a) * i / 500 for i in range(501)]
+            assert not any(box.x0 < x < box.x1 and box.y0 < y < box.y1 for x, y in steps), (text, what)
+
+
+def test_a_wide_range_is_on_log_scales_and_says_how_many_times_the_source(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [make_row("source", 40, 20), make_row("int2", 8, 3000), make_row("int4", 12, 25)]
+    from brise.eval.plot import plot_group
+
+    svg, _ = plot_group(rows, rows[0], tmp_path / "picture", "title")
+    # matplotlib writes text as paths, and beside them what they say
+    said = [line.strip()[5:-4] for line in svg.read_text().splitlines() if line.strip().startswith("<!-- ")]
+    assert {"× 1", "× 10", "× 100", "1000", "10", "20", "30"} <= set(said), said
+    assert not any("%" in text for text in said)
+    near = plot_group([rows[0], rows[2]], rows[0], tmp_path / "near", "title")[0].read_text()
+    assert "<!-- +10% -->" in near and "×" not in near
+
+
 def super_box(annotation, renderer):
     """The box of the words alone: an annotation's own includes its line."""
     from matplotlib.text import Text
