@@ -38,6 +38,11 @@ class OnRay:
             self.width = min(self.width, max(1, int(resources.get("GPU", 0) / gpus)))
 
     def run(self, cells: Sequence[Cell], progress: Progress) -> Iterator[Result]:
+        if not self.options["num_gpus"] and any(cell.setting.device.type == "cuda" for cell in cells):
+            # Ray hides every GPU from a task that has asked for none
+            raise ValueError(
+                "cells on cuda need a part of a GPU each: gpus=1 (--gpus 1), or less to share one"
+            )
         remote = self.ray.remote(_run).options(**self.options)
         waiting = {remote.remote(cell, int(self.options["num_cpus"] or 1)): cell for cell in cells}
         try:

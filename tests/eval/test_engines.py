@@ -150,6 +150,9 @@ def test_errors_that_cannot_be_sent_say_the_same():
         ((12, 24, 1, 2100.0), "12 of 24 cells, 1 failed, about 35 min left"),
         ((1, 11, 0, 1800.0), "1 of 11 cells, about 5 h left"),
         ((3, 3, 0, 5.0), "3 of 3 cells"),
+        # beside the one that is done another is half done: half a cell is left after one and a half
+        ((1, 2, 0, 30.0, 2), "1 of 2 cells, about 10 s left"),
+        ((3, 5, 0, 100.0, 9), "3 of 5 cells, about 25 s left"),
     ],
 )
 def test_how_far_a_sweep_is(arguments, text):
@@ -275,6 +278,18 @@ def test_a_ray_cluster_of_two_workers_one_of_which_is_killed(here, tiny_checkpoi
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def test_cells_on_cuda_say_what_of_a_gpu_they_take():
+    from types import SimpleNamespace
+
+    from brise.eval.engine_ray import OnRay
+
+    engine = object.__new__(OnRay)  # without a cluster
+    engine.ray, engine.options = None, {"num_cpus": 1, "num_gpus": 0}
+    cell = SimpleNamespace(setting=SimpleNamespace(device=SimpleNamespace(type="cuda")))
+    with pytest.raises(ValueError, match="need a part of a GPU each"):
+        list(engine.run([cell], lambda *_: None))
 
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch):
