@@ -257,7 +257,7 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row], quantity: Quantity = PER
     taken = [Box(x - 7 * scale, y - 7 * scale, x + 7 * scale, y + 7 * scale) for x, y in points]
     for container in axes.containers:
         taken += [
-            _stroke(*axes.transData.transform(segment), width=3 * scale)[0]
+            _stroke(*axes.transData.transform(segment), 3 * scale)[0]
             for bars in container.lines[2]
             for segment in bars.get_segments()
         ]

@@ -118,6 +118,10 @@ def run_sweep(
     run = _Run(out, engine or Inline(), progress or (lambda *_: None), note or (lambda _: None))
     run.rows = {name: done[cells[name].key] for name in skipped}
     missing = [cell for name, cell in cells.items() if name not in skipped]
+    if len(missing) > 1 and run.engine.width > 1 and (how.speed is not None or how.batches):
+        run.note(
+            "speeds are timed while other cells run beside: take none from these rows, or time them one at a time"
+        )
     if missing:
         kept = baseline_path(base.baselines, info, how)
         if SOURCE not in run.rows:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,6 +226,23 @@ def write_items(folder: Path, key: str, items: dict[str, list[Item]]) -> None:
         lines = [json.dumps({"id": i.id, "sha256": i.sha256, **i.scores}) for i in found]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in lines))
+        temporary.replace(path)
+
+
+def items_of(folder: Path, key: str) -> dict[str, bytes]:
+    """The files of a row's items by name, to be sent to where rows are gathered; empty where it has none."""
+    return {path.name: path.read_bytes() for path in sorted((folder / ITEMS / key[:16]).glob("*.jsonl"))}
+
+
+def put_items(folder: Path, key: str, files: Mapping[str, bytes]) -> None:
+    """Write what :func:`items_of` gave, unless it is there."""
+    for name, data in files.items():
+        path = folder / ITEMS / key[:16] / name
+        if path.is_file() and path.read_bytes() == data:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(data)
         temporary.replace(path)
 
 

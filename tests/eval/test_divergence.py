@@ -99,6 +99,15 @@ def test_one_window_has_no_interval():
     assert quantile_intervals(values, window, draws(1), (0.5,)) == [Interval(1.0)]
 
 
+def test_each_quantile_stands_under_its_own_name():
+    kl = torch.arange(1, 2001).float()[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
+    window = torch.arange(2000) // 500
+    rest = torch.zeros(2000)
+    found = describe(TokenFigures(window, kl, rest, rest, rest), 4, resamples=20)
+    values = [getattr(found, name).value for name in ("median", "p90", "p99", "p999")]
+    assert values == [1000, 1800, 1980, 1998] and found.mean.value == 1000.5
+
+
 # ---- the figures ------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from brise.eval.perplexity import Perplexity, Relative
 from brise.eval.provenance import Provenance
 from brise.eval.record import METRICS_VERSION, Memory, Protocol, Row, append_row
 from brise.eval.report import ReportError, group_rows, markdown, write_report
-from brise.eval.speed import Rate, Speed, SpeedProtocol
+from brise.eval.speed import Rate, Speed, SpeedPoint, SpeedProtocol
 
 SOURCE = ModelInfo("tiny", "a" * 64, "a model that was made up")
 PROTOCOL = Protocol(
@@ -115,6 +115,20 @@ def test_columns_appear_with_what_was_measured():
     assert by_heading["prefill, tokens/s"] == ["1234 (1200–1250)", "–"]
     assert by_heading["decode, tokens/s"] == ["9.9 (9.0–10.0)", "–"]
     assert by_heading["calibration"] == ["–", "16 × 1024 of boolq"]
+
+
+def test_speeds_by_batch_and_context_have_a_table_of_their_own():
+    points = [
+        SpeedPoint(b, 256, Rate(500, 490, 510), Rate(8.0 * b, 7.5 * b, 8.5 * b), 10, b * 1e9) for b in (1, 8)
+    ]
+    text = markdown(group_rows([ROWS[2], make_row("nf4", 12, 25, speeds=points)])[0])
+    assert text.endswith(
+        "| configuration | batch | context | prefill, tokens/s | decode, tokens/s | read in decoding, GB/s |\n"
+        "|:--|--:|--:|--:|--:|--:|\n"
+        "| nf4 | 1 | 256 | 500 (490–510) | 8.0 (7.5–8.5) | 1.00 |\n"
+        "| nf4 | 8 | 256 | 500 (490–510) | 64.0 (60.0–68.0) | 8.00 |\n"
+    )
+    assert "context" not in markdown(group_rows(ROWS)[0])
 
 
 def test_the_spread_over_draws_of_the_calibration_and_what_once_means():

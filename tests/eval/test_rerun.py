@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from brise.cli.main import app
 from brise.eval.compare import compare_sums
+from brise.eval.evaluate import evaluate
 from brise.eval.record import append_row, read_rows
 from brise.eval.rerun import RerunError, find_row, rerun
 from brise.eval.sweep import run_sweep
@@ -39,6 +40,13 @@ def test_a_row_is_repeated_to_the_bit(swept, tiny_checkpoint):
         assert found.agrees, found.in_words()
         assert found.now.perplexity == found.before.perplexity and found.now.sums == found.before.sums
         assert found.in_words() == f"All 7 figures of {name} agree to the bit."
+
+
+def test_a_row_is_repeated_in_its_batches(tiny_checkpoint, tiny_text):
+    text = f"{tiny_text}#evaluation"
+    row = evaluate(tiny_checkpoint, text=text, windows=5, length=32, batch=3, seed=7)
+    found = rerun(row, tiny_checkpoint)
+    assert found.agrees and (found.now.provenance.batch, found.now.provenance.seed) == (3, 7)
 
 
 def test_figures_that_differ_are_named(swept, tiny_checkpoint):
