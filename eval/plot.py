@@ -256,11 +256,9 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row], quantity: Quantity = PER
     points = [axes.transData.transform((row.memory.bytes / 1e6, _height(row, quantity))) for row in rows]
     taken = [Box(x - 7 * scale, y - 7 * scale, x + 7 * scale, y + 7 * scale) for x, y in points]
     for container in axes.containers:
-        taken += [
-            _stroke(*axes.transData.transform(segment), 3 * scale)[0]
-            for bars in container.lines[2]
-            for segment in bars.get_segments()
-        ]
+        for segment in (s for bars in container.lines[2] for s in bars.get_segments()):
+            below, above = axes.transData.transform(segment)
+            taken += _stroke(below, above, width=3 * scale)
     for line in axes.lines:
         if line.get_label() == FRONT:
             corners = axes.transData.transform(line.get_xydata())
