@@ -288,9 +288,11 @@ def test_llamacpps_file_keeps_sixteen_nats_below_the_likeliest(tmp_path):
 def test_a_damaged_file_is_refused(tmp_path):
     path = tmp_path / "base.kld"
     write_kld(path, tiny(), halves())
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(LogProbError, match=r"expected \d+ bytes, got \d+: was its writing cut off"):
-        read_kld(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole + b"0"):
+        path.write_bytes(damaged)
+        with pytest.raises(LogProbError, match=r"expected \d+ bytes, got \d+: was its writing cut off"):
+            read_kld(path)
     path.write_bytes(b"_logitz_" + bytes(12))
     with pytest.raises(LogProbError, match="begins with _logits_"):
         read_kld(path)

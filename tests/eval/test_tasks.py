@@ -12,6 +12,7 @@ import yaml
 from brise.eval.assets import ASSETS, fetch
 from brise.eval.compare import mcnemar
 from brise.eval.evaluate import evaluate
+from brise.eval.rerun import rerun
 from brise.eval.tasks import (
     CONFIGS,
     TaskError,
@@ -184,6 +185,8 @@ def test_rows_keep_their_items_and_are_compared_by_them(sets, tiny_checkpoint, t
         list(read_items(tmp_path, rows[1].key, names[0], "acc_norm").values())
         == arc_by_hand(model, tokenizer)[1]
     )
+    again = rerun(rows[0], tiny_checkpoint)
+    assert again.agrees and {figure.name for figure in again.figures} >= set(names)
     with pytest.raises(TaskError, match="is not there"):
         read_items(tmp_path / "none", rows[0].key, names[0], "acc")
 
