@@ -189,7 +189,7 @@ def sweep(
     for problem in result.problems:
         session.note(problem)
     files: list[Path] = []
-    if report:
+    if report and result.rows:
         from ..eval.report import write_report
 
         files = write_report(out).files

@@ -52,6 +52,9 @@ class Inline:
 class Processes:
     """Each cell in a fresh process, ``jobs`` at once: one that is killed takes no other with it.
 
+    They are forked from a server that has imported what a cell needs and run none of it, so a cell begins at once,
+    on any device.
+
     Args:
         jobs: processes at once. threads: of torch in each; None shares this process's out.
     """
@@ -66,7 +69,8 @@ class Processes:
         import torch
 
         threads = self.threads or max(1, torch.get_num_threads() // self.width)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([_child.__module__])
         left = list(cells)
         running: dict[Connection, tuple[Cell, Any]] = {}
         try:

@@ -200,7 +200,7 @@ def _measure(
         memory=memory,
         speed=speed,
         quantize_seconds=quantize_seconds,
-        provenance=collect(setting.device, setting.seed, setting.command),
+        provenance=collect(setting.device, setting.seed, setting.command, setting.batch),
         words=scores.words,
         sums=scores.sums,
         layers=layer_errors(folder),

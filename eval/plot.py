@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,11 @@ STYLES = {
     "gptq": ("#D55E00", "D", "GPTQ"),
     "other": ("#009E73", "s", "other"),
 }
+
+
+FRONT = "Pareto front"
+# the names of more rows than this need a larger picture
+_MANY = 14
 
 
 class Box(NamedTuple):
@@ -137,7 +143,8 @@ def plot_group(
         "svg.hashsalt": "brise",  # equal rows give equal files
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(8, 5), dpi=160, layout="constrained", facecolor="white")
+        size = (8, 5) if len(rows) <= _MANY else (10, 8)
+        figure = Figure(figsize=size, dpi=160, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         _draw(axes, rows, source, quantity)
@@ -193,7 +200,7 @@ def _draw(axes: Any, rows: Sequence[Row], source: Row | None, quantity: Quantity
     points = [(row.memory.bytes / 1e6, _height(row, quantity)) for row in rows]
     best = [points[i] for i in front(points, quantity.less_is_better)]
     if len(best) > 1:
-        axes.plot(*zip(*best), color="#bbbbbb", linewidth=1.2, zorder=2, label="Pareto front")
+        axes.plot(*zip(*best), color="#bbbbbb", linewidth=1.2, zorder=2, label=FRONT)
     axes.margins(x=0.12, y=0.12)
     axes.grid(True, color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -210,25 +217,28 @@ def _height(row: Row, quantity: Quantity) -> float:
     return value
 
 
-def _plain_ticks(axis: Any) -> None:
+def _plain_ticks(axis: Any, form: str = "{:g}") -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    if axis.get_scale() == "log":
+    if axis.get_scale() in ("log", "functionlog"):
         axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axis.set_minor_locator(NullLocator())
         axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: form.format(value)))
 
 
 def _percent_axis(axes: Any, reference: float) -> None:
-    """The same heights on the right, as per cent above the source."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    """The same heights on the right, against the source: per cent above it, or as its multiple on a log scale."""
+    from matplotlib.ticker import FuncFormatter
 
     right = axes.secondary_yaxis(
-        "right", functions=(lambda y: (y / reference - 1) * 100, lambda p: (p / 100 + 1) * reference)
+        "right", functions=(lambda y: y / reference, lambda ratio: ratio * reference)
     )
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.3g}%"))
-    right.yaxis.set_minor_formatter(NullFormatter())
+    if axes.get_yscale() == "log":
+        # per cent above the source have no logarithm at the source
+        _plain_ticks(right.yaxis, "× {:g}")
+    else:
+        right.yaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{(ratio - 1) * 100:+.3g}%"))
     right.set_ylabel("against the source")
 
 
@@ -246,7 +256,13 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row], quantity: Quantity = PER
     points = [axes.transData.transform((row.memory.bytes / 1e6, _height(row, quantity))) for row in rows]
     taken = [Box(x - 7 * scale, y - 7 * scale, x + 7 * scale, y + 7 * scale) for x, y in points]
     for container in axes.containers:
-        taken += [_box(line.get_window_extent(renderer)) for line in container.lines[2]]
+        for segment in (s for bars in container.lines[2] for s in bars.get_segments()):
+            below, above = axes.transData.transform(segment)
+            taken += _stroke(below, above, width=3 * scale)
+    for line in axes.lines:
+        if line.get_label() == FRONT:
+            corners = axes.transData.transform(line.get_xydata())
+            taken += [box for a, b in pairwise(corners) for box in _stroke(a, b, width=scale, steps=40)]
     if axes.lines and axes.lines[0].get_linestyle() == "--":  # the source's height: no name is struck through
         height = points[0][1] if rows[0].is_source else frame.y0
         taken.append(Box(frame.x0, height - scale, frame.x1, height + scale))
@@ -281,6 +297,16 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row], quantity: Quantity = PER
             if distance < 16 * scale
             else {"arrowstyle": "-", "color": "#aaaaaa", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 5},
         )
+
+
+def _stroke(a: Any, b: Any, width: float, steps: int = 1) -> list[Box]:
+    """Boxes that cover the straight line between two points, in pixels."""
+    ends = [(a[0] + (b[0] - a[0]) * i / steps, a[1] + (b[1] - a[1]) * i / steps) for i in range(steps + 1)]
+    half = width / 2
+    return [
+        Box(min(p[0], q[0]) - half, min(p[1], q[1]) - half, max(p[0], q[0]) + half, max(p[1], q[1]) + half)
+        for p, q in pairwise(ends)
+    ]
 
 
 def _box(extent: Any) -> Box:

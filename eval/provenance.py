@@ -18,7 +18,7 @@ import torch
 
 from ..kernels import native
 
-_PACKAGES = ("brise", "torch", "transformers", "safetensors", "numpy", "triton", "datasets")
+_PACKAGES = ("brise", "torch", "transformers", "safetensors", "numpy", "triton", "datasets", "lm_eval")
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,11 @@ class Provenance:
         device: the processor's or GPU's name as the system gives it.
         threads: of torch on the CPU.
         seed: of everything random in the measurement.
-        commit: of the checkout that holds the package, ``-dirty`` where tracked files differ; None elsewhere.
+        commit: of the checkout that holds the package, ``-dirty`` where tracked files differ (but for ``results``,
+            where rows are written); None elsewhere.
         command: as it was typed, or None where a program called the library.
         time: UTC, ISO 8601, to the second.
+        batch: windows of a forward pass: sums come out otherwise, in their last bits, with others.
     """
 
     versions: dict[str, str]
@@ -43,9 +45,10 @@ class Provenance:
     commit: str | None
     command: str | None
     time: str
+    batch: int = 1
 
 
-def collect(device: torch.device, seed: int, command: str | None = None) -> Provenance:
+def collect(device: torch.device, seed: int, command: str | None = None, batch: int = 1) -> Provenance:
     """The provenance of a measurement made here and now on ``device``."""
     return Provenance(
         versions=versions(),
@@ -55,6 +58,7 @@ def collect(device: torch.device, seed: int, command: str | None = None) -> Prov
         commit=commit(),
         command=command,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
+        batch=batch,
     )
 
 
@@ -95,7 +99,7 @@ def commit(root: Path | None = None) -> str | None:
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results"],
             capture_output=True,
             text=True,
             check=True,

@@ -165,7 +165,20 @@ def markdown(group: Group) -> str:
     lines.append("|" + "|".join("--:" if number else ":--" for _, number, _ in columns) + "|")
     for index in range(len(group.rows)):
         lines.append("| " + " | ".join(cells[index] for _, _, cells in columns) + " |")
-    return "\n".join([*lines, "", *notes(group), ""])
+    return "\n".join([*lines, "", *notes(group), "", *speeds_table(group)])
+
+
+def speeds_table(group: Group) -> Iterator[str]:
+    """Speed by batch and context and the bandwidth that decoding reached, in a table of its own; nothing without."""
+    if not any(row.speeds for row in group.rows):
+        return
+    yield "| configuration | batch | context | prefill, tokens/s | decode, tokens/s | read in decoding, GB/s |"
+    yield "|:--|--:|--:|--:|--:|--:|"
+    for row in group.rows:
+        for point in row.speeds or ():
+            rates = f"{spread(point.prefill)} | {spread(point.decode)}"
+            yield f"| {row.name} | {point.batch} | {point.context} | {rates} | {point.bandwidth / 1e9:.2f} |"
+    yield ""
 
 
 def title(group: Group) -> str:

@@ -177,6 +177,7 @@ def _setting(row: Row, text: str | None, cache_dir: str | Path | None) -> dict[s
         "dtype": getattr(torch, p.dtype),
         "device": p.device,
         "seed": row.provenance.seed,
+        "batch": row.provenance.batch,
         "tasks": list(row.tasks or {}),
     }
     if p.name == FREE:

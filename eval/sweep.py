@@ -118,6 +118,10 @@ def run_sweep(
     run = _Run(out, engine or Inline(), progress or (lambda *_: None), note or (lambda _: None))
     run.rows = {name: done[cells[name].key] for name in skipped}
     missing = [cell for name, cell in cells.items() if name not in skipped]
+    if len(missing) > 1 and run.engine.width > 1 and (how.speed is not None or how.batches):
+        run.note(
+            "speeds are timed while other cells run beside: take none from these rows, or time them one at a time"
+        )
     if missing:
         kept = baseline_path(base.baselines, info, how)
         if SOURCE not in run.rows:
@@ -153,7 +157,8 @@ class _Run:
                 self.rows[cell.name] = result
                 append_row(self.out / ROWS, result, once=True)
             self.progress("cells", number, len(cells))
-            self.note(how_far(number, len(cells), len(self.failures), time.monotonic() - begin))
+            passed = time.monotonic() - begin
+            self.note(how_far(number, len(cells), len(self.failures), passed, self.engine.width))
 
     def again(self, cell: Cell) -> None:
         """Run a cell whose row is there."""
@@ -162,13 +167,17 @@ class _Run:
                 self.failures.append(Failure(cell.name, result))
 
 
-def how_far(done: int, cells: int, failed: int, seconds: float) -> str:
-    """``12 of 24 cells, 1 failed, about 35 min left``; as many as ran in the time so far will run in as much again."""
+def how_far(done: int, cells: int, failed: int, seconds: float, width: int = 1) -> str:
+    """``12 of 24 cells, 1 failed, about 35 min left``; as many as ran in the time so far will run in as much again.
+
+    Of ``width`` cells at once those that still run are half done, on the average, when another ends.
+    """
     parts = [f"{done} of {cells} cells"]
     if failed:
         parts.append(f"{failed} failed")
     if left := cells - done:
-        ahead = seconds / done * left
+        half = min(width - 1, left) / 2
+        ahead = seconds / (done + half) * (left - half)
         for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
             if ahead >= 2 * size or size == 1.0:
                 parts.append(f"about {ahead / size:.0f} {unit} left")

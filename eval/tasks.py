@@ -8,9 +8,11 @@ come from a hub.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ class TaskScore:
     """Of one task.
 
     Attributes:
-        metric: ``acc``, or ``acc_norm`` (by the byte of an answer) where the task has it.
+        metric: ``acc``, or ``acc_norm`` (log-likelihood by the character of an answer) where the task has it.
         value, stderr: lm-eval's own.
         items: how many were asked; items_sha256: of their prompts and answers, so that only equal items are compared.
         version: the task's own.
@@ -114,11 +116,13 @@ def run_tasks(
 
     Args:
         model: a causal LM of transformers' kind: ours, or anybody's that ``from_pretrained`` gave.
+        tokenizer: is left as it was.
         batch: requests of a forward pass.
 
     Raises:
         ImportError: lm-eval is not installed.
-        TaskError: a name that lm-eval does not know, a group of tasks, or data that cannot be loaded.
+        TaskError: a name that lm-eval does not know, a group of tasks, data that cannot be loaded, or an empty prompt
+            where the tokenizer has neither BOS nor EOS to stand before its answers.
         AssetError: the asset ``tasks`` cannot be fetched.
     """
     try:
@@ -127,15 +131,17 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError('tasks need lm-eval: pip install "brise[tasks]"') from error
-    # lm-eval asks transformers what a model's quantization method is, which without the plug-in knows ours not
-    from ..model import hf  # noqa: F401
-
-    lm = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=batch,
-        max_length=getattr(model.config, "max_position_embeddings", None),
-    )
+    bare = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
+    with _without_entry(model.config):
+        lm = HFLM(
+            pretrained=model,
+            # it gives a tokenizer without padding a token for it
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch,
+            max_length=getattr(model.config, "max_position_embeddings", None),
+            # what stands in an empty prompt; it has to be a token even where no prompt is empty: _no_empty_prompt
+            prefix_token_id=0 if bare else None,
+        )
     # its index of built-in tasks takes half a minute, and those that ship need none of them
     manager = TaskManager(include_defaults=not all(r.name.endswith("_offline") for r in requests))
     scores: dict[str, TaskScore] = {}
@@ -161,10 +167,36 @@ def run_tasks(
             raise TaskError(
                 f"expected {request.name} to be one task, lm-eval made of it: {found and list(found['samples'])}"
             )
+        if bare:
+            _no_empty_prompt(request, found["samples"][request.name])
         scores[str(request)], items[str(request)] = _read(request.name, found)
     if progress is not None:
         progress("tasks", len(requests), len(requests))
     return scores, items
+
+
+@contextmanager
+def _without_entry(config: Any) -> Iterator[None]:
+    """``config`` without the quantization entry of a model in memory: lm-eval has transformers read such a dict, though
+    it is for loading alone, and transformers does not know our method unless its plug-in was imported."""
+    entry = getattr(config, "quantization_config", None)
+    if not isinstance(entry, dict):
+        yield
+        return
+    del config.quantization_config
+    try:
+        yield
+    finally:
+        config.quantization_config = entry
+
+
+def _no_empty_prompt(request: TaskRequest, samples: Sequence[dict[str, Any]]) -> None:
+    for sample in samples:
+        if any(not arguments[0] for arguments in sample["arguments"]):
+            raise TaskError(
+                f"{request}: the prompt of item {sample['doc_id']} is empty, and the tokenizer has neither BOS nor EOS "
+                "to score its answers behind: leave the task out, or take a tokenizer with one"
+            )
 
 
 def _read(name: str, found: dict[str, Any]) -> tuple[TaskScore, list[Item]]:
@@ -194,6 +226,23 @@ def write_items(folder: Path, key: str, items: dict[str, list[Item]]) -> None:
         lines = [json.dumps({"id": i.id, "sha256": i.sha256, **i.scores}) for i in found]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in lines))
+        temporary.replace(path)
+
+
+def items_of(folder: Path, key: str) -> dict[str, bytes]:
+    """The files of a row's items by name, to be sent to where rows are gathered; empty where it has none."""
+    return {path.name: path.read_bytes() for path in sorted((folder / ITEMS / key[:16]).glob("*.jsonl"))}
+
+
+def put_items(folder: Path, key: str, files: Mapping[str, bytes]) -> None:
+    """Write what :func:`items_of` gave, unless it is there."""
+    for name, data in files.items():
+        path = folder / ITEMS / key[:16] / name
+        if path.is_file() and path.read_bytes() == data:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(data)
         temporary.replace(path)
 
 

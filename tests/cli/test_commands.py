@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,20 @@ def test_a_sweep_with_a_configuration_that_fails_does_the_others_and_ends_with_1
     assert "no multiple of group_size 48" in document["failures"]["bad"]
     assert "no multiple of group_size 48" in result.stderr
     assert [row["name"] for row in document["rows"]] == ["source", "nf4"]
+
+
+def test_a_sweep_whose_source_fails_says_so(tiny_checkpoint, tiny_text, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("inf")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    args = ["sweep", "--model", source, "--configs", "nf4", "--out", tmp_path / "out", "--text", tiny_text]
+    result = run(*args, *SMALL, "--json", code=1)
+    assert "infinite or NaN" in json.loads(result.stdout.splitlines()[-1])["failures"]["source"]
+    assert "brise: source: NonFiniteError" in result.stderr
 
 
 def test_generate_continues_as_the_library_does(nf4):

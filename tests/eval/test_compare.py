@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from brise.eval.bootstrap import draws
 from brise.eval.compare import WindowSums, compare_sums, mcnemar, sign_flip
 
 
@@ -23,6 +25,26 @@ def test_the_sign_flip_test_against_scipys():
         assert sign_flip(x) == pytest.approx(theirs.pvalue, abs=1e-9)
     many = 0.2 + torch.randn(80, generator=generator, dtype=torch.float64)
     assert sign_flip(many) == pytest.approx(stats.ttest_1samp(many.numpy(), 0).pvalue, abs=0.01)
+
+
+def test_of_many_pairs_the_pattern_seen_is_one_of_those_drawn():
+    assert sign_flip(torch.ones(60, dtype=torch.float64)) == 1 / 100_001  # never zero
+
+
+def test_the_interval_of_a_difference_against_resampling_by_hand():
+    tokens = [10, 30, 20, 5]
+    a, b = WindowSums(tokens, [11.0, 35, 19, 9], None), WindowSums(tokens, [10.0, 31, 22, 4], None)
+    (found,) = compare_sums(a, b, seed=3)
+    means = []
+    for row in draws(4, seed=3).long().tolist():
+        windows = [i for i, times in enumerate(row) for _ in range(times)]
+        difference = sum(a.nll[i] - b.nll[i] for i in windows)
+        means.append(difference / sum(tokens[i] for i in windows))
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert (found.difference.value, found.difference.low, found.difference.high) == pytest.approx(
+        (7 / 65, low, high)
+    )
+    assert (found.a, found.b) == pytest.approx((74 / 65, 67 / 65))
 
 
 def test_under_chance_alone_a_p_below_a_twentieth_comes_once_in_twenty():

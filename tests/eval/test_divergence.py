@@ -1,5 +1,6 @@
 """The distribution of the divergence, its bootstrap, predictions in 16 bits, and llama.cpp's file of them."""
 
+import dataclasses
 import itertools
 import struct
 
@@ -14,6 +15,7 @@ from brise.eval.divergence import TokenFigures, describe, shared_of_five
 from brise.eval.evaluate import baseline_of, evaluate, make_setting
 from brise.eval.logprobs import (
     LogProbError,
+    cache_key,
     decode_rows,
     encode_rows,
     load_baseline,
@@ -97,6 +99,15 @@ def test_one_window_has_no_interval():
     values, window = torch.tensor([1.0, 2.0]), torch.zeros(2, dtype=torch.int64)
     assert mean_interval(values, window, draws(1)) == Interval(1.5)
     assert quantile_intervals(values, window, draws(1), (0.5,)) == [Interval(1.0)]
+
+
+def test_each_quantile_stands_under_its_own_name():
+    kl = torch.arange(1, 2001).float()[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
+    window = torch.arange(2000) // 500
+    rest = torch.zeros(2000)
+    found = describe(TokenFigures(window, kl, rest, rest, rest), 4, resamples=20)
+    values = [getattr(found, name).value for name in ("median", "p90", "p99", "p999")]
+    assert values == [1000, 1800, 1980, 1998] and found.mean.value == 1000.5
 
 
 # ---- the figures ------------------------------------------------------------------------------------
@@ -218,6 +229,22 @@ def test_the_cache_is_keyed_by_model_text_and_protocol(tiny_checkpoint, tiny_tex
     assert len(list(tmp_path.iterdir())) == 3 and first in tmp_path.iterdir()
 
 
+def test_another_model_text_protocol_or_precision_is_another_file():
+    windows, info = make(16, 4), ModelInfo("a", "0" * 64)
+    others = [
+        (dataclasses.replace(info, sha256="1" * 64), windows, torch.float32, "cpu"),
+        (info, dataclasses.replace(windows, text_sha256="1" * 64), torch.float32, "cpu"),
+        (info, dataclasses.replace(windows, ids=windows.ids + 1), torch.float32, "cpu"),
+        (info, dataclasses.replace(windows, protocol="gptq-2048"), torch.float32, "cpu"),
+        (info, windows, torch.bfloat16, "cpu"),
+        (info, windows, torch.float32, "cuda"),
+    ]
+    keys = [cache_key(*what) for what in [(info, windows, torch.float32, "cpu"), *others]]
+    assert len(set(keys)) == 7
+    same = dataclasses.replace(info, name="b")
+    assert cache_key(same, windows, torch.float32, "cpu") == keys[0]
+
+
 def halves(length: int = 16, count: int = 4) -> Windows:
     windows = make(length, count)
     first = (length // 2 + 1,) * count
@@ -245,12 +272,27 @@ def test_llamacpps_file_comes_and_goes(tmp_path):
     assert bos.ids[:, 0].eq(1).all() and torch.equal(bos.ids[:, 1:], windows.ids[:, 1:])
 
 
+def test_llamacpps_file_keeps_sixteen_nats_below_the_likeliest(tmp_path):
+    model, windows = tiny(), halves()
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+        logits = model(windows.ids[:1]).logits[0, 8:15]
+    write_kld(tmp_path / "base.kld", model, windows)
+    read = read_kld(tmp_path / "base.kld")[0].logits(0, slice(8, 15), torch.device("cpu"))
+    wanted = torch.log_softmax(logits, -1)
+    assert (wanted.amax(-1) - wanted.amin(-1)).min() > 20
+    cut = torch.maximum(wanted, wanted.amax(-1, keepdim=True) - 16)
+    assert torch.allclose(read, cut, atol=16 / 65535)
+
+
 def test_a_damaged_file_is_refused(tmp_path):
     path = tmp_path / "base.kld"
     write_kld(path, tiny(), halves())
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(LogProbError, match=r"expected \d+ bytes, got \d+: was its writing cut off"):
-        read_kld(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole + b"0"):
+        path.write_bytes(damaged)
+        with pytest.raises(LogProbError, match=r"expected \d+ bytes, got \d+: was its writing cut off"):
+            read_kld(path)
     path.write_bytes(b"_logitz_" + bytes(12))
     with pytest.raises(LogProbError, match="begins with _logits_"):
         read_kld(path)

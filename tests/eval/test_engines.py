@@ -11,9 +11,10 @@ import time
 
 import pytest
 
-from brise.eval.engines import CellDied, Processes, portable
+from brise.eval.engines import CellDied, Inline, Processes, portable
 from brise.eval.record import read_rows
 from brise.eval.spec import SpecError, load_spec, run_spec
+from brise.eval.speed import SpeedProtocol
 from brise.eval.sweep import how_far, run_sweep
 from brise.quant.config import ConfigError, QuantConfig, QuantSpec, Rule
 
@@ -60,7 +61,8 @@ def test_processes_give_the_figures_of_this_one(here, tiny_checkpoint, settings,
         result.failures[0].error, ConfigError
     )
     assert ("int8: score", 4, 4) in seen and ("cells", 3, 3) in seen
-    assert notes[-1] == "3 of 3 cells, 1 failed" and "left" in notes[-2]
+    assert notes[-1] == "3 of 3 cells, 1 failed" and any("2 of 3 cells" in n and "left" in n for n in notes)
+    assert not any("speeds" in note for note in notes)
     assert (tmp_path / ".cells" / "baselines").is_dir()  # a cell is missing: the predictions stay for it
     again = run_sweep(tiny_checkpoint, CONFIGS, tmp_path, engine=Processes(1), **settings)
     assert again.skipped == ["source", "int8", "nf4"]
@@ -80,6 +82,20 @@ def test_a_process_that_is_killed_is_a_failing_cell(here, tiny_checkpoint, setti
     assert isinstance(result.failures[0].error, CellDied) and "exit code -9" in str(result.failures[0])
     result = run_sweep(tiny_checkpoint, CONFIGS, tmp_path, **settings)
     assert figures(result.rows) == figures(here) and result.skipped == ["source", "nf4"]
+
+
+def test_speeds_of_cells_beside_each_other_are_said_to_be_worth_nothing(tiny_checkpoint, settings, tmp_path):
+    class Wide(Inline):
+        width = 2
+
+    notes = []
+    speed = SpeedProtocol(prompt=4, new_tokens=1, warmup=0, repeats=1)
+    how = {**settings, "speed": speed, "note": notes.append}
+    run_sweep(tiny_checkpoint, {"int8": CONFIGS["int8"]}, tmp_path / "wide", engine=Wide(), **how)
+    assert notes[0].startswith("speeds are timed while other cells run beside")
+    notes.clear()
+    run_sweep(tiny_checkpoint, {"int8": CONFIGS["int8"]}, tmp_path / "one", engine=Inline(), **how)
+    assert not any("speeds" in note for note in notes)
 
 
 DRIVER = """
@@ -150,6 +166,9 @@ def test_errors_that_cannot_be_sent_say_the_same():
         ((12, 24, 1, 2100.0), "12 of 24 cells, 1 failed, about 35 min left"),
         ((1, 11, 0, 1800.0), "1 of 11 cells, about 5 h left"),
         ((3, 3, 0, 5.0), "3 of 3 cells"),
+        # beside the one that is done another is half done: half a cell is left after one and a half
+        ((1, 2, 0, 30.0, 2), "1 of 2 cells, about 10 s left"),
+        ((3, 5, 0, 100.0, 9), "3 of 5 cells, about 25 s left"),
     ],
 )
 def test_how_far_a_sweep_is(arguments, text):
@@ -275,6 +294,63 @@ def test_a_ray_cluster_of_two_workers_one_of_which_is_killed(here, tiny_checkpoi
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def test_the_items_of_a_cell_come_back_from_a_machine_that_shares_no_disk(tmp_path):
+    from types import SimpleNamespace
+
+    from brise.eval.engine_ray import OnRay
+    from brise.eval.tasks import Item, read_items, write_items
+
+    key = "0123456789abcdef" * 4
+    there, here = tmp_path / "there", tmp_path / "here"
+    row = SimpleNamespace(key=key)
+
+    class Cell:
+        out = here  # on another disk than the driver's it is another folder: see call
+        setting = SimpleNamespace(device=SimpleNamespace(type="cpu"))
+
+        def run(self, progress):
+            write_items(self.out, key, {"arc:2": [Item(0, "a", {"acc": 1.0}), Item(1, "b", {"acc": 0.0})]})
+            return row
+
+    class Ray:
+        """What of Ray the engine uses, at once and here."""
+
+        exceptions = SimpleNamespace(RayError=ZeroDivisionError)
+        wait = staticmethod(lambda waiting, num_returns: (waiting[:1], waiting[1:]))
+        get = staticmethod(lambda reference: reference.value)
+
+        def remote(self, function):
+            def call(cell, threads):
+                cell.out = there
+                value = function(cell, threads)
+                cell.out = here
+                return Reference(value)
+
+            return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=call))
+
+    class Reference:
+        def __init__(self, value):
+            self.value = value
+
+    engine = object.__new__(OnRay)
+    engine.ray, engine.options = Ray(), {"num_cpus": 1, "num_gpus": 0}
+    cell = Cell()
+    assert list(engine.run([cell], lambda *_: None)) == [(cell, row)]
+    assert read_items(here, key, "arc:2", "acc") == {"0:a": True, "1:b": False}
+
+
+def test_cells_on_cuda_say_what_of_a_gpu_they_take():
+    from types import SimpleNamespace
+
+    from brise.eval.engine_ray import OnRay
+
+    engine = object.__new__(OnRay)  # without a cluster
+    engine.ray, engine.options = None, {"num_cpus": 1, "num_gpus": 0}
+    cell = SimpleNamespace(setting=SimpleNamespace(device=SimpleNamespace(type="cuda")))
+    with pytest.raises(ValueError, match="need a part of a GPU each"):
+        list(engine.run([cell], lambda *_: None))
 
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch):

@@ -28,7 +28,11 @@ def made(name, megabytes, perplexity, kl, fmt=None, algorithm="rtn"):
     spec.loader.exec_module(module)
     nll = [perplexity + 0.1 * i for i in range(6)]
     changes = {} if fmt is None else {"config": {"modules": {"a": {"format": fmt, "algorithm": algorithm}}}}
-    layers = [LayerError(f"model.layers.{i}.mlp.up_proj", 0.01, 0.001 * (i + 1)) for i in range(3)]
+    outputs = algorithm == "gptq"
+    layers = [
+        LayerError(f"model.layers.{i}.mlp.up_proj", 0.01, 0.001 * (i + 1) if outputs else None)
+        for i in range(3)
+    ]
     return module.make_row(
         name, megabytes, perplexity, kl=kl, sums=WindowSums([10] * 6, nll, [kl] * 6), layers=layers, **changes
     )
@@ -92,11 +96,16 @@ def chromium(*arguments):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no chromium to open the page with")
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_page_in_a_browser(page, rows, tmp_path, theme):
+@pytest.mark.parametrize(("theme", "width"), [("light", 1400), ("dark", 520)])
+def test_the_page_in_a_browser(page, rows, tmp_path, theme, width):
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text().replace("<body>", "<body>" + SCRIPT, 1))
-    done = chromium("--virtual-time-budget=8000", "--dump-dom", f"{probed.as_uri()}?theme={theme}")
+    done = chromium(
+        "--virtual-time-budget=8000",
+        f"--window-size={width},900",
+        "--dump-dom",
+        f"{probed.as_uri()}?theme={theme}",
+    )
     found = re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.S)
     assert found, done.stderr[-2000:]
     said = json.loads(html.unescape(found[1]))
@@ -112,8 +121,12 @@ def test_the_page_in_a_browser(page, rows, tmp_path, theme):
     assert said["count"] == "2 of 6 rows"
     expected = compare_sums(rows[3].sums, rows[2].sums)[0]
     assert said["pair"] == "gptq-nf4 and nf4"
-    assert said["compare"] == (
-        f"gptq-nf4 is better than nf4 in perplexity (p = {expected.p:.2g}, paired over 6 windows)."
-    )
-    assert said["layers"] == ["nf4", "gptq-nf4"]
+    assert said["compare"] == [
+        f"gptq-nf4 is better than nf4 in {what} (p = {expected.p:.2g}, paired over 6 windows)."
+        for what in ("perplexity", "KL")
+    ]
+    assert said["layers"] == [["nf4", "dash"], ["gptq-nf4", "solid"]]
+    assert said["names"] == sorted(row.name for row in rows) and said["overlaps"] == said["outside"] == []
+    assert said["logs"] == [True, False, "log"]  # 12 to 40 MB, perplexities of 20 to 31
+    assert said["wide"][0] <= said["wide"][1] and abs(said["drawn"][0] - said["drawn"][1]) < 1
     assert (said["ground"] == "rgb(255, 255, 255)") == (theme == "light") and said["ground"] != said["other"]

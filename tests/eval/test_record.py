@@ -199,6 +199,12 @@ def test_the_commit_says_whether_files_differ(tmp_path):
     clean = commit(tmp_path)
     assert clean is not None and len(clean) == 40
     (tmp_path / "untracked").write_text("")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "runs.jsonl").write_text("a row")
+    git("add", "results")
+    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-m", "rows")
+    clean = commit(tmp_path)
+    (tmp_path / "results" / "runs.jsonl").write_text("a row and its next")  # as by a sweep that goes on
     assert commit(tmp_path) == clean
     (tmp_path / "file").write_text("2")
     assert commit(tmp_path) == f"{clean}-dirty"

@@ -12,7 +12,7 @@ from brise.eval.perplexity import Perplexity, Relative
 from brise.eval.provenance import Provenance
 from brise.eval.record import METRICS_VERSION, Memory, Protocol, Row, append_row
 from brise.eval.report import ReportError, group_rows, markdown, write_report
-from brise.eval.speed import Rate, Speed, SpeedProtocol
+from brise.eval.speed import Rate, Speed, SpeedPoint, SpeedProtocol
 
 SOURCE = ModelInfo("tiny", "a" * 64, "a model that was made up")
 PROTOCOL = Protocol(
@@ -115,6 +115,20 @@ def test_columns_appear_with_what_was_measured():
     assert by_heading["prefill, tokens/s"] == ["1234 (1200–1250)", "–"]
     assert by_heading["decode, tokens/s"] == ["9.9 (9.0–10.0)", "–"]
     assert by_heading["calibration"] == ["–", "16 × 1024 of boolq"]
+
+
+def test_speeds_by_batch_and_context_have_a_table_of_their_own():
+    points = [
+        SpeedPoint(b, 256, Rate(500, 490, 510), Rate(8.0 * b, 7.5 * b, 8.5 * b), 10, b * 1e9) for b in (1, 8)
+    ]
+    text = markdown(group_rows([ROWS[2], make_row("nf4", 12, 25, speeds=points)])[0])
+    assert text.endswith(
+        "| configuration | batch | context | prefill, tokens/s | decode, tokens/s | read in decoding, GB/s |\n"
+        "|:--|--:|--:|--:|--:|--:|\n"
+        "| nf4 | 1 | 256 | 500 (490–510) | 8.0 (7.5–8.5) | 1.00 |\n"
+        "| nf4 | 8 | 256 | 500 (490–510) | 64.0 (60.0–68.0) | 8.00 |\n"
+    )
+    assert "context" not in markdown(group_rows(ROWS)[0])
 
 
 def test_the_spread_over_draws_of_the_calibration_and_what_once_means():
@@ -233,6 +247,61 @@ def test_no_name_lies_on_a_point_or_another_name(crowded):
         for row in crowded:
             x, y = axes.transData.transform((row.memory.bytes / 1e6, row.perplexity.value))
             assert not (box.x0 < x < box.x1 and box.y0 < y < box.y1), (name, row.name)
+
+
+def test_no_name_lies_on_a_bar_or_on_the_front():
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from brise.eval import plot
+
+    protocol = dataclasses.replace(PROTOCOL, speed=SpeedProtocol())
+    rows = [
+        make_row(name, size, 20, protocol=protocol, speed=Speed(Rate(1, 1, 1), Rate(*rate), 512, 16, 1, 5))
+        for name, size, rate in (
+            ("gptq-int3-g64", 157, (6.9, 6.5, 7.1)),
+            ("nf4-dq", 168, (6.0, 4.9, 6.2)),
+            ("int4-g64", 170, (5.6, 5.1, 6.9)),
+            ("gptq-int4", 170, (9.6, 8.5, 10.5)),
+            ("gptq-nf4", 173, (7.8, 6.7, 8.1)),
+            ("int8", 220, (6.1, 5.4, 8.0)),
+            ("last", 538, (13.5, 13.4, 13.7)),
+        )
+    ]
+    figure = Figure(figsize=(8, 5), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    speed = plot.QUANTITIES[2]
+    plot._draw(axes, rows, None, speed)
+    plot._label(figure, axes, rows, speed)
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    lines = []
+    for row in rows:
+        ends = [(row.memory.bytes / 1e6, y) for y in (row.speed.decode.p20, row.speed.decode.p80)]
+        lines.append((f"bar of {row.name}", axes.transData.transform(ends)))
+    best = axes.transData.transform([(157, 6.9), (170, 9.6), (538, 13.5)])
+    lines += [("front", best[:2]), ("front", best[1:])]
+    for text in axes.texts:
+        box = super_box(text, renderer)
+        for what, (a, b) in lines:
+            steps = [a + (b - a) * i / 500 for i in range(501)]
+            assert not any(box.x0 < x < box.x1 and box.y0 < y < box.y1 for x, y in steps), (text, what)
+
+
+def test_a_wide_range_is_on_log_scales_and_says_how_many_times_the_source(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [make_row("source", 40, 20), make_row("int2", 8, 3000), make_row("int4", 12, 25)]
+    from brise.eval.plot import plot_group
+
+    svg, _ = plot_group(rows, rows[0], tmp_path / "picture", "title")
+    # matplotlib writes text as paths, and beside them what they say
+    said = [line.strip()[5:-4] for line in svg.read_text().splitlines() if line.strip().startswith("<!-- ")]
+    assert {"× 1", "× 10", "× 100", "1000", "10", "20", "30"} <= set(said), said
+    assert not any("%" in text for text in said)
+    near = plot_group([rows[0], rows[2]], rows[0], tmp_path / "near", "title")[0].read_text()
+    assert "<!-- +10% -->" in near and "×" not in near
 
 
 def super_box(annotation, renderer):

@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from brise.cli.main import app
 from brise.eval.compare import compare_sums
+from brise.eval.evaluate import evaluate
+from brise.eval.protocols import PROTOCOLS, NamedProtocol
 from brise.eval.record import append_row, read_rows
 from brise.eval.rerun import RerunError, find_row, rerun
 from brise.eval.sweep import run_sweep
+from brise.model.checkpoint import load_tokenizer
 from brise.quant.config import Calibration, QuantConfig, QuantSpec, Rule
 
 
@@ -39,6 +44,40 @@ def test_a_row_is_repeated_to_the_bit(swept, tiny_checkpoint):
         assert found.agrees, found.in_words()
         assert found.now.perplexity == found.before.perplexity and found.now.sums == found.before.sums
         assert found.in_words() == f"All 7 figures of {name} agree to the bit."
+
+
+def test_a_row_is_repeated_in_its_batches(tiny_checkpoint, tiny_text):
+    text = f"{tiny_text}#evaluation"
+    row = evaluate(tiny_checkpoint, text=text, windows=5, length=32, batch=3, seed=7)
+    found = rerun(row, tiny_checkpoint)
+    assert found.agrees and (found.now.provenance.batch, found.now.provenance.seed) == (3, 7)
+
+
+def test_a_row_is_repeated_on_its_threads(swept, tiny_checkpoint, monkeypatch):
+    row = find_row(swept, "int2")
+    counts = []
+    monkeypatch.setattr("brise.eval.rerun.torch.set_num_threads", counts.append)
+    threads = torch.get_num_threads()
+    rerun(
+        dataclasses.replace(row, provenance=dataclasses.replace(row.provenance, threads=3)), tiny_checkpoint
+    )
+    assert counts == [3, threads]
+
+
+def test_documents_and_a_bos_of_ones_own_are_repeated(tiny_checkpoint, tiny_text, tmp_path, monkeypatch):
+    rule = NamedProtocol("lmeval-word", 32, 32, "documents")
+    monkeypatch.setitem(PROTOCOLS, rule.name, rule)
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint, source)
+    tokenizer = load_tokenizer(source)
+    tokenizer.bos_token = "z"
+    tokenizer.save_pretrained(source)
+    row = evaluate(source, text=str(tiny_text), protocol=rule.name, windows=2)
+    assert row.words.documents == 2 < row.protocol.windows
+    found = rerun(row, source)
+    assert found.agrees and len(found.figures) == 8
+    row = evaluate(source, text=str(tiny_text), windows=3, length=32, bos="always")
+    assert row.protocol.bos and rerun(row, source).agrees
 
 
 def test_figures_that_differ_are_named(swept, tiny_checkpoint):
@@ -112,8 +151,6 @@ def test_rows_that_are_not_to_be_compared(swept, tmp_path):
 
 
 def test_the_command_baseline(tiny_checkpoint, tiny_text, tmp_path, monkeypatch):
-    from brise.eval.protocols import PROTOCOLS, NamedProtocol
-
     monkeypatch.setitem(
         PROTOCOLS, "llamacpp-512", NamedProtocol("llamacpp-512", 32, 32, "second-half", raw=True)
     )

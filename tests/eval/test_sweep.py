@@ -269,6 +269,16 @@ def test_a_source_that_has_its_row_is_not_timed_again(swept, tmp_path, monkeypat
     assert result.rows[1].speed is not None
 
 
+def test_predictions_that_a_failing_cell_left_behind_are_used(swept, tmp_path, monkeypatch):
+    source, configs, _, settings, _, _ = swept
+    bad = {"bad": rules(format="int4", group_size=48)}
+    assert [f.name for f in run_sweep(source, bad, tmp_path, **settings).failures] == ["bad"]
+    monkeypatch.setattr(cells_module, "measure_source", lambda *_, **__: pytest.fail("measured again"))
+    result = run_sweep(source, {"int8": configs["int8"]}, tmp_path, **settings)
+    assert [row.name for row in result.rows] == ["source", "int8"]
+    assert not list((tmp_path / ".cells" / "baselines").glob("*.safetensors"))  # all cells are done
+
+
 def test_calibration_and_evaluation_may_share_nothing(swept, tmp_path):
     source, configs, _, _, _, _ = swept
     text = swept[3]["text"].partition("#")[0]
