@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from brise.cli.main import app
 from brise.model import plain, shards
+from brise.model.activations import InFiles
 from brise.model.atomic import try_lock
 from brise.model.checkpoint import load_model
-from brise.model.job import job_path
+from brise.model.job import JobFolder, job_path
 from brise.model.plain import PlainSteps
 from brise.model.reader import CheckpointReader
 from brise.model.safetensors_header import CheckpointError
@@ -119,6 +120,43 @@ def test_what_is_finished_is_not_done_again(tiny_checkpoint, tmp_path, monkeypat
     assert not job_path(out).exists()
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True)
+
+
+def test_nothing_is_on_record_before_it_is_on_the_disk(tiny_checkpoint, tmp_path, monkeypatch):
+    """What a kill cannot show, since the system keeps its pages: every file is waited for, then the journal's line."""
+    dirty, synced, lines = set(), set(), []
+    real_pwrite, real_sync, real_fsync = os.pwrite, InFiles.sync, os.fsync
+
+    def pwrite(fd, data, at):
+        dirty.add(os.fstat(fd).st_ino)
+        return real_pwrite(fd, data, at)
+
+    def fsync(fd):
+        dirty.discard(os.fstat(fd).st_ino)
+        return real_fsync(fd)
+
+    def sync(self, step):
+        real_sync(self, step)
+        synced.add(step)
+
+    def append(self, record):
+        (index,) = [step["step"] for step in record["steps"]]
+        lines.append((index, set(dirty), index + 1 in synced))
+        journal = (self.path / "journal").stat().st_ino
+        dirty.add(journal)
+        real_append(self, record)
+        assert journal not in dirty
+
+    real_append = JobFolder.append
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "fdatasync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(InFiles, "sync", sync)
+    monkeypatch.setattr(JobFolder, "append", append)
+    config = PRESETS["gptq-int3-g32-all"]
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "q", config, calibration=IDS, memory="file")
+    # behind the last block that is calibrated in nothing needs the activations
+    assert lines == [(0, set(), True), (1, set(), True), (2, set(), False), (3, set(), False)]
 
 
 def test_overwriting_begins_anew(tiny_checkpoint, tmp_path, monkeypatch):

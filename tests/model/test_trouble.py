@@ -21,6 +21,7 @@ from brise.quant.rtn import rtn
 
 IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
+EMBEDDING = "model.embed_tokens"
 NF4, GPTQ = PRESETS["nf4"], PRESETS["gptq-int4-g32"]
 
 
@@ -33,7 +34,8 @@ def spoil(tiny_checkpoint, tmp_path):
         shutil.copytree(tiny_checkpoint, out)
         tensors = load_file(out / "model.safetensors")
         for name, function in change.items():
-            function(tensors[f"{ {'up': UP, 'down': DOWN}[name] }.weight"])
+            path = {"up": UP, "down": DOWN, "embedding": EMBEDDING}[name]
+            function(tensors[f"{path}.weight"])
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
         return out
 
@@ -73,6 +75,33 @@ def test_nan_and_infinity_fail_or_are_kept(spoil, tmp_path, config):
         spec = NF4.rules[0].spec
         other = rtn(source.tensor(f"{UP}.weight"), spec)
         assert torch.equal(reader.tensor(f"{UP}.qweight"), other.tensors["qweight"])
+
+
+@pytest.mark.parametrize("config", [NF4, GPTQ], ids=["plain", "gptq"])
+@pytest.mark.parametrize("shard", [5_000_000_000, 9000], ids=["one", "many"])
+def test_what_is_kept_after_all_is_as_if_a_rule_had_kept_it(spoil, tmp_path, config, shard):
+    """The shards are laid out anew on the way; every tensor is the same, and no file is left of the first layout."""
+    job = {"calibration": IDS if config is GPTQ else None, "max_shard_bytes": shard}
+    src, ruled = spoil(down=nan), QuantConfig((Rule((DOWN,), None), *config.rules), config.calibration)
+    quantize_checkpoint(src, tmp_path / "ruled", ruled, **job)
+    quantize_checkpoint(src, tmp_path / "after", config, policy=Policy(nonfinite="keep"), **job)
+    names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("ruled", "after")]
+    assert names[0] == names[1]
+    one, other = CheckpointReader(tmp_path / "ruled"), CheckpointReader(tmp_path / "after")
+    assert one.names == other.names
+    for name in one.names:
+        a, b = (reader.tensor(name).reshape(-1).view(torch.uint8) for reader in (one, other))
+        assert torch.equal(a, b), name
+
+
+def test_a_head_stays_tied_to_an_embedding_that_is_kept(spoil, tmp_path):
+    src = spoil(embedding=nan)
+    report = quantize_checkpoint(src, tmp_path / "q", PRESETS["nf4-all"], policy=Policy(nonfinite="keep"))
+    assert [o.path for o in report.kept] == [EMBEDDING, "lm_head"]
+    reader = CheckpointReader(tmp_path / "q")
+    assert {"lm_head", EMBEDDING}.isdisjoint(reader.config["quantization_config"]["modules"])
+    model = load_model(tmp_path / "q")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("config", [NF4, GPTQ], ids=["plain", "gptq"])
