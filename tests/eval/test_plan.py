@@ -11,10 +11,14 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from brise.cli.main import app
+from brise.eval.budget_plan import candidates, mixed_plan, uniform_plans
 from brise.eval.memory import ledger_of_checkpoint
 from brise.eval.plan import Layout, parse_size
 from brise.model.reader import CheckpointReader
+from brise.model.source import open_source
 from brise.model.synth import SIZES
+from brise.model.trouble import plain
+from brise.quant.apply import resolve
 from brise.quant.config import Calibration
 from brise.quant.presets import PRESETS
 
@@ -162,6 +166,41 @@ def test_a_mixture_that_fits_and_is_measured(tiny_checkpoint, tiny_text, tmp_pat
         kl[name] = said["divergence"]["kl"]
     assert kl["q"] < kl["u"]
     assert run("plan", tiny_checkpoint, "--budget", "2kB", "--mixed", *words[2:10], code=1)
+
+
+@pytest.mark.parametrize("keep_ends", [False, True])
+def test_a_mixture_for_gptq_and_a_tied_head(tiny_checkpoint, keep_ends):
+    """Losses that are made up: what counts is that the config says what was allotted, for every module."""
+    pytest.importorskip("scipy")
+    layout = Layout.of(open_source(tiny_checkpoint))
+    specs = candidates(layout, "gptq-")
+    paths = [t.path for t in layout.targets.values() if t.tied_to is None]
+    losses = {p: {n: (1 + i) * 4.0 ** -int(n[3]) for n in specs} for i, p in enumerate(paths)}
+    calibration = Calibration(windows=3, length=16)
+    budget = layout.ledger(PRESETS["int3-g32" if keep_ends else "int3-g32-all"]).nbytes
+    mixed = mixed_plan(layout, budget, losses, specs, calibration, keep_ends=keep_ends)
+    assert mixed.nbytes <= budget and mixed.config.calibration == calibration
+    resolved = {path: spec for path, (spec, _) in resolve(mixed.config, layout.targets.values()).items()}
+    embedding = resolved.pop("model.embed_tokens")
+    assert resolved.pop("lm_head") == embedding
+    assert (embedding is None) == keep_ends
+    if embedding is not None:
+        assert embedding == plain(specs[mixed.allocation.chosen["model.embed_tokens"]])
+    for path, spec in resolved.items():
+        name = mixed.allocation.chosen[path]
+        assert spec == (None if name == "keep" else specs[name])
+    assert list(mixed.allocation.chosen) == paths and len(set(mixed.allocation.chosen.values())) > 1
+
+
+def test_what_a_preset_is_predicted_to_lose(tiny_checkpoint):
+    """The sum over what it quantizes: with -all the embedding too, and nothing where a module was not measured."""
+    layout = Layout.of(open_source(tiny_checkpoint))
+    paths = [t.path for t in layout.targets.values() if t.tied_to is None]
+    losses = {p: {"int4-g32": 1.0 if ".layers." in p else 100.0} for p in paths}
+    plans = {u.name: u.predicted for u in uniform_plans(layout, 10**9, "", losses)}
+    assert plans["int4-g32"] == 14.0 and plans["int4-g32-all"] == 114.0 and plans["nf4"] is None
+    assert not any(name.startswith("gptq-") for name in plans)
+    assert all(u.name.startswith("gptq-") for u in uniform_plans(layout, 10**9, "gptq-"))
 
 
 @pytest.mark.parametrize(
