@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from brise.model.plain import PlainSteps
 from brise.model.reader import CheckpointReader
 from brise.model.safetensors_header import CheckpointError
 from brise.model.stream import Interrupted, quantize_checkpoint
+from brise.model.trouble import Policy
 from brise.quant.config import QuantConfig, QuantSpec, Rule
 from brise.quant.presets import PRESETS
 from brise.quant.rtn import rtn
@@ -113,6 +115,14 @@ def test_what_is_finished_is_not_done_again(tiny_checkpoint, tmp_path, monkeypat
         quantize_checkpoint(tiny_checkpoint, out, NF4)
     with pytest.raises(CheckpointError, match=r"differs in config \("):
         quantize_checkpoint(tiny_checkpoint, out, PRESETS["nf4-all"], resume=True)
+    with pytest.raises(CheckpointError, match=r"differs in policy \("):
+        quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True, policy=Policy(zero="keep"))
+    with pytest.raises(CheckpointError, match=r"differs in max_shard_bytes \(5000000000, now 3000\)"):
+        quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True, max_shard_bytes=3000)
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    with pytest.raises(CheckpointError, match=r"differs in source \("):
+        quantize_checkpoint(other, out, NF4, resume=True)
     with monkeypatch.context() as patch:
         seen = fail_at(patch, -1)
         quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True)
@@ -229,8 +239,6 @@ def _replaced(path):
     ],
 )
 def test_a_source_that_changes_underneath(tiny_checkpoint, tmp_path, monkeypatch, change, says):
-    import shutil
-
     src, out = tmp_path / "src", tmp_path / "out"
     shutil.copytree(tiny_checkpoint, src)
     fail_at(monkeypatch, 2, action=lambda: change(src / "model.safetensors"))
@@ -285,6 +293,31 @@ def test_an_interrupt_says_how_to_go_on(tiny_checkpoint, tmp_path, monkeypatch):
     assert result.exit_code == 130
     assert "3 of 4 steps are kept: resume to go on (the same command with --resume)" in result.stderr
     assert CliRunner().invoke(app, [*command, "--resume"]).exit_code == 0
+
+
+def test_the_commands_options_reach_the_job(tiny_checkpoint, tmp_path, monkeypatch):
+    from brise.model import stream
+
+    seen = {}
+
+    def capture(src, out, config, **options):
+        seen.update(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(stream, "quantize_checkpoint", capture)
+    words = ["quantize", str(tiny_checkpoint), str(tmp_path / "q"), "-c", "nf4", "--overwrite", "--resume"]
+    words += ["--memory", "file", "--shard-size", "77", "--on", "dead=fail", "--device", "cpu:0"]
+    assert CliRunner().invoke(app, words).stderr.strip() == "brise: seen"
+    del seen["progress"]
+    assert seen == {
+        "calibration": None,
+        "overwrite": True,
+        "resume": True,
+        "memory": "file",
+        "policy": Policy(dead="fail"),
+        "max_shard_bytes": 77,
+        "device": "cpu:0",
+    }
 
 
 def test_a_torn_journal_loses_its_last_line_only(tiny_checkpoint, tmp_path, monkeypatch):

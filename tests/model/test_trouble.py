@@ -121,13 +121,19 @@ def test_a_weight_of_zeros(spoil, tmp_path, config, action):
     assert not weight.any()
 
 
-def gptq(**options) -> QuantConfig:
-    spec = QuantSpec(format="int4", group_size=32, algorithm="gptq", options=options)
+def test_what_is_done_where_the_user_says_nothing():
+    assert Policy().to_dict() == {"nonfinite": "fail", "zero": "round", "hessian": "fail", "dead": "round"}
+
+
+def gptq(scale="absmax", **options) -> QuantConfig:
+    spec = QuantSpec(format="int4", group_size=32, algorithm="gptq", scale=scale, options=options)
     return QuantConfig((Rule(("*layers.*",), spec),))
 
 
-@pytest.mark.parametrize("action", ["fail", "round", "keep"])
-def test_a_hessian_without_a_factor(tiny_checkpoint, tmp_path, monkeypatch, action):
+@pytest.mark.parametrize(
+    "action, scale", [("fail", "mse"), ("round", "mse"), ("round", "hessian"), ("keep", "mse")]
+)
+def test_a_hessian_without_a_factor(tiny_checkpoint, tmp_path, monkeypatch, action, scale):
     """Not positive definite after the greatest damping: the next module is quantized as if nothing were."""
     from brise.quant import gptq as module
 
@@ -143,9 +149,9 @@ def test_a_hessian_without_a_factor(tiny_checkpoint, tmp_path, monkeypatch, acti
     job = {"calibration": IDS, "policy": Policy(hessian=action)}
     if action == "fail":
         with pytest.raises(TroubleError, match=r"damping 1 .*hessian=keep or hessian=round"):
-            quantize_checkpoint(tiny_checkpoint, tmp_path / "q", gptq(), **job)
+            quantize_checkpoint(tiny_checkpoint, tmp_path / "q", gptq(scale), **job)
         return
-    report = quantize_checkpoint(tiny_checkpoint, tmp_path / "q", gptq(), **job)
+    report = quantize_checkpoint(tiny_checkpoint, tmp_path / "q", gptq(scale), **job)
     by_path = {o.path: o for o in report.outcomes}
     assert "not positive definite" in by_path[DOWN].trouble and by_path[UP].trouble is None
     assert by_path[UP].spec.algorithm == "gptq"
@@ -154,7 +160,8 @@ def test_a_hessian_without_a_factor(tiny_checkpoint, tmp_path, monkeypatch, acti
     if action == "keep":
         assert torch.equal(reader.tensor(f"{DOWN}.weight"), weight)
     else:
-        assert by_path[DOWN].spec.algorithm == "rtn"
+        # a search under the Hessian becomes one without
+        assert (by_path[DOWN].spec.algorithm, by_path[DOWN].spec.scale) == ("rtn", "mse")
         expected = rtn(weight, by_path[DOWN].spec)
         assert all(torch.equal(reader.tensor(f"{DOWN}.{n}"), t) for n, t in expected.tensors.items())
     assert load_model(tmp_path / "q")(IDS).logits.isfinite().all()
