@@ -13,10 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 from brise.cli.main import app
-from brise.model import plain, shards
+from brise.model import plain, shards, stream
 from brise.model.activations import InFiles
 from brise.model.atomic import try_lock
 from brise.model.checkpoint import load_model
+from brise.model.group import Alone
 from brise.model.job import JobFolder, job_path
 from brise.model.plain import PlainSteps
 from brise.model.reader import CheckpointReader
@@ -206,6 +207,19 @@ def test_calibration_goes_on_where_it_was(tiny_checkpoint, tmp_path, monkeypatch
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_each_process_takes_its_share_of_the_windows(tiny_checkpoint, monkeypatch):
+    """All of them at each would give the same weights, since GPTQ looks past a factor of the Hessian: for twice the work."""
+
+    class Third(Alone):
+        rank, world = 1, 3
+
+    monkeypatch.setattr(stream, "current_group", Third)
+    config, ids, cpu = PRESETS["gptq-int4-g32"], torch.arange(7)[:, None].repeat(1, 4), torch.device("cpu")
+    source = CheckpointReader(tiny_checkpoint)
+    job = stream._Job(source, tiny_checkpoint, config, ids, "memory", Policy(), 10**9, cpu, None)
+    assert job.worker.ids[:, 0].tolist() == [1, 4]
+
+
 def test_a_second_process_on_the_same_output_is_told(tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     job_path(out).mkdir()
@@ -296,8 +310,6 @@ def test_an_interrupt_says_how_to_go_on(tiny_checkpoint, tmp_path, monkeypatch):
 
 
 def test_the_commands_options_reach_the_job(tiny_checkpoint, tmp_path, monkeypatch):
-    from brise.model import stream
-
     seen = {}
 
     def capture(src, out, config, **options):
