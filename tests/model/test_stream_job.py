@@ -208,7 +208,7 @@ def test_calibration_goes_on_where_it_was(tiny_checkpoint, tmp_path, monkeypatch
 
 
 def test_each_process_takes_its_share_of_the_windows(tiny_checkpoint, monkeypatch):
-    """All of them at each would give the same weights, since GPTQ looks past a factor of the Hessian: for twice the work."""
+    """All of them at each would give the same weights, since GPTQ looks past a factor of the Hessian."""
 
     class Third(Alone):
         rank, world = 1, 3
