@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .options import Device
 from .session import Debug, Json, session_of
 from .sources import SRC_HELP, resolve
 
@@ -86,6 +87,7 @@ def quantize(
             help="What to do about a module in trouble: nonfinite=keep, zero=keep, hessian=round, dead=fail, ...",
         ),
     ] = None,
+    device: Device = "cpu",
     shard_size: Annotated[int, typer.Option(min=1, help="Bytes of a shard at most.")] = 5_000_000_000,
     json_: Json = False,
     debug: Debug = False,
@@ -96,7 +98,8 @@ def quantize(
     resolved, the tokenizer, and quantization_report.json: each module, quantized how, or kept and why. What is done
     survives the end of the process: --resume goes on behind the last finished block, and ends with the same bytes.
 
-    Started by torchrun, all processes work on the one OUT: they share blocks out, or calibration windows.
+    Started by torchrun, all processes work on the one OUT: they share blocks out, or calibration windows. With
+    --device cuda each takes a GPU of its own.
     """
     session = session_of(ctx)
     # whatever is wrong with the config or OUT shows before anything is downloaded
@@ -104,11 +107,13 @@ def quantize(
     if out.exists() and not (overwrite or resume):
         raise FileExistsError(f"{out} exists; choose another folder, or pass --overwrite to replace it")
 
+    from ..model.device_copy import compute_device
     from ..model.group import joined
     from ..model.stream import Interrupted, quantize_checkpoint
     from ..model.trouble import Policy
 
     policy = Policy.parse(on or [])
+    compute_device(device)
     with joined() as group:
         # one process fetches, the others find it
         folder = resolve(src, session) if group.rank == 0 else None
@@ -126,6 +131,7 @@ def quantize(
                     memory=memory.value,
                     policy=policy,
                     max_shard_bytes=shard_size,
+                    device=device,
                     progress=lambda what, done, total: bars("quantize", done, total),
                 )
         except Interrupted as error:

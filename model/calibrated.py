@@ -15,8 +15,8 @@ from ..quant.calibrate import HessianAccumulator
 from ..quant.config import Calibration, ConfigError
 from ..quant.dequantize import decode_packed
 from ..quant.tensor import Params, QuantizedTensor, layout
-from ..quant.workers import Workers
 from .activations import MODES, InFiles, InMemory, Store
+from .device_copy import pieces_on
 from .group import Group, share
 from .job_plan import Step, blocks_of
 from .plain import PlainSteps, Resolved, StepResult
@@ -61,6 +61,8 @@ def check_calibration(ids: Tensor | None, needy: list[str], steps: list[Step], v
 class CalibratedSteps(PlainSteps):
     """Computes steps of which each needs the one before it; processes share the windows out.
 
+    Hidden states stay where ``memory`` says: on another device than the CPU they go there window by window.
+
     Args:
         ids: all windows, int64 [windows, length]. memory: ``memory`` or ``file``.
     """
@@ -74,12 +76,13 @@ class CalibratedSteps(PlainSteps):
         targets: Mapping[str, Target],
         resolved: Resolved,
         policy: Policy,
+        device: torch.device,
         group: Group,
         calibration: Calibration,
         ids: Tensor,
         memory: str,
     ) -> None:
-        super().__init__(source, targets, resolved, policy)
+        super().__init__(source, targets, resolved, policy, device)
         if memory not in MODES:
             raise ConfigError(f"memory must be {' or '.join(MODES)}, got {memory!r}")
         self.model = model
@@ -151,7 +154,7 @@ class CalibratedSteps(PlainSteps):
         q = None
         for path in step.targets:
             if self.resolved[path][0] is not None:
-                with Workers() as workers:
+                with pieces_on(self.device) as workers:
                     done = self.round(path, workers)
                 result.add(path, done, self.resolved[path][0])
                 q = done.tensor
@@ -208,17 +211,15 @@ class CalibratedSteps(PlainSteps):
         if plain:
             result = super().compute(dataclasses.replace(step, targets=tuple(plain)), -1)
         norm = self.model.get_submodule("model.norm")
-        norm.load_state_dict(
-            {"weight": whole(self.source, "model.norm.weight").to(torch.float32)}, assign=True
-        )
+        norm.load_state_dict({"weight": self._weight("model.norm.weight")}, assign=True)
         streams = self.activations
-        accumulator = HessianAccumulator(streams.hidden.shape[-1], cross=streams.full is not None)
+        accumulator = HessianAccumulator(streams.hidden.shape[-1], streams.full is not None, self.device)
         for i in range(streams.hidden.shape[0]):
-            full = None if streams.full is None else norm(streams.full[i])
-            accumulator.add(norm(streams.hidden[i]), full)
+            full = None if streams.full is None else norm(streams.full[i].to(self.device))
+            accumulator.add(norm(streams.hidden[i].to(self.device)), full)
         reduce(accumulator, self.group)
         self.activations = None
-        weight = whole(self.source, "lm_head.weight").to(torch.float32)
+        weight = self._weight("lm_head.weight")
         (done,) = quantize_under(["lm_head"], [weight], self.setting, accumulator)
         result.add("lm_head", done, self.resolved["lm_head"][0])
         return result
@@ -227,20 +228,20 @@ class CalibratedSteps(PlainSteps):
         """A block with its norms; the weights of the walk's stages come and go."""
         layer = self.layers[step.name]
         staged = {f"{step.name}.{name}.weight" for stage in STAGES for name in stage}
-        rest = {
-            name[len(step.name) + 1 :]: whole(self.source, name).to(torch.float32)
-            for name in step.names
-            if name not in staged
-        }
+        rest = {name[len(step.name) + 1 :]: self._weight(name) for name in step.names if name not in staged}
         layer.load_state_dict(rest, strict=False, assign=True)
         return layer
 
+    def _weight(self, name: str) -> Tensor:
+        """A tensor of the source in fp32, where it is computed with."""
+        return whole(self.source, name).to(self.device).to(torch.float32)
+
     def _load(self, step: Step, name: str) -> Tensor:
-        return whole(self.source, f"{step.name}.{name}.weight").to(torch.float32)
+        return self._weight(f"{step.name}.{name}.weight")
 
     def _decoded(self, step: Step, name: str) -> Tensor:
         q = self._stored(f"{step.name}.{name}")
-        return self._load(step, name) if q is None else q.dequantize(torch.float32)
+        return self._load(step, name) if q is None else q.dequantize(torch.float32).to(self.device)
 
     def _stored(self, path: str) -> QuantizedTensor | None:
         """A weight that a finished step quantized."""
@@ -254,5 +255,5 @@ class CalibratedSteps(PlainSteps):
     def _walk(self) -> WalkContext:
         if self.context is None:
             rotary = MistralRotaryEmbedding(self.model.config)  # type: ignore[arg-type]
-            self.context = walk_context(rotary.config, rotary, self.ids.shape[1], torch.float32)
+            self.context = walk_context(rotary.config, rotary, self.ids.shape[1], torch.float32, self.device)
         return self.context

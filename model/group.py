@@ -53,7 +53,8 @@ class Distributed:
         return values
 
     def all_reduce(self, tensor: Tensor) -> None:
-        flat = tensor if tensor.is_contiguous() else tensor.contiguous()
+        # on the CPU, where gloo always can
+        flat = tensor.cpu().contiguous()
         dist.all_reduce(flat)
         # sums may be taken in another order at each process: what decides about codes must be the same bits
         dist.broadcast(flat, src=0)

@@ -30,6 +30,7 @@ from ..quant.apply import Target, find_targets, resolve
 from ..quant.calibrate import HessianAccumulator
 from ..quant.config import Calibration, QuantConfig, QuantSpec, Rule
 from .calibrated import CalibratedSteps, check_calibration
+from .device_copy import compute_device
 from .group import current_group
 from .job_plan import Step, plan_steps
 from .plain import PlainSteps, Resolved, StepResult
@@ -64,10 +65,10 @@ class HessianStore:
         """Stage -> X^T X, fp32 [K, K]."""
         return {int(name): tensor for name, tensor in load_file(self.folder / f"{block}.safetensors").items()}
 
-    def of_stage(self, block: str, stage: int) -> HessianAccumulator:
+    def of_stage(self, block: str, stage: int, device: torch.device) -> HessianAccumulator:
         """One Hessian as the algorithms take it."""
         with safe_open(self.folder / f"{block}.safetensors", "pt") as file:
-            return StoredHessian(file.get_tensor(str(stage)), self.tokens)
+            return StoredHessian(file.get_tensor(str(stage)).to(device), self.tokens)
 
 
 class StoredHessian(HessianAccumulator):
@@ -87,7 +88,12 @@ def store_key(source: Source, ids: Tensor) -> str:
 
 
 def gather_hessians(
-    src: str | Path | Source, ids: Tensor, folder: str | Path, *, progress: Progress | None = None
+    src: str | Path | Source,
+    ids: Tensor,
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
 ) -> HessianStore:
     """The store in ``folder`` of a model and its calibration windows, gathered unless it is there.
 
@@ -95,6 +101,7 @@ def gather_hessians(
         src: the checkpoint, not quantized.
         ids: int64 [windows, length].
         folder: may hold many; each appears whole.
+        device: where the model runs; what was gathered on another device is taken as well.
         progress: called with ("hessians", blocks done, blocks in all).
 
     Raises:
@@ -108,7 +115,7 @@ def gather_hessians(
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         if not (target / MANIFEST).is_file():
-            _gather(source, ids, target, progress or (lambda *_: None))
+            _gather(source, ids, target, compute_device(device), progress or (lambda *_: None))
     return open_store(target)
 
 
@@ -124,7 +131,7 @@ def open_store(folder: Path) -> HessianStore:
 
 
 @torch.no_grad()
-def _gather(source: Source, ids: Tensor, target: Path, progress: Progress) -> None:
+def _gather(source: Source, ids: Tensor, target: Path, device: torch.device, progress: Progress) -> None:
     model = empty_model(source.config, str(source.folder / "config.json"), attn_implementation="sdpa")
     targets = {t.path: t for t in find_targets(model)}
     # any spec that asks for a Hessian: what the walk runs and frees depends on nothing else in it
@@ -134,7 +141,7 @@ def _gather(source: Source, ids: Tensor, target: Path, progress: Progress) -> No
     needy = [path for path, (spec, _) in resolved.items() if spec is not None]
     check_calibration(ids, needy, steps, source.config["vocab_size"])
     walk = CalibratedSteps(
-        source, model, targets, resolved, Policy(), current_group(), Calibration(), ids, "memory"
+        source, model, targets, resolved, Policy(), device, current_group(), Calibration(), ids, "memory"
     )
     hidden = walk._embedded(None).hidden
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
@@ -147,7 +154,7 @@ def _gather(source: Source, ids: Tensor, target: Path, progress: Progress) -> No
             stream = _Stream(layer, walk._walk(), hidden, torch.empty, frozen=True)  # type: ignore[arg-type]
             found: dict[str, Tensor] = {}
             for stage, names in enumerate(STAGES):
-                weights = {name: whole(source, f"{step.name}.{name}.weight").float() for name in names}
+                weights = {name: walk._load(step, name) for name in names}
                 stream.fill(stage, weights)
                 found[str(stage)] = _sum(stream.inputs(stage), weights[names[0]].shape[1])
                 stream.finish(stage)
@@ -157,8 +164,8 @@ def _gather(source: Source, ids: Tensor, target: Path, progress: Progress) -> No
             progress("hessians", number, len(inner))
         if "lm_head" in targets:
             norm = model.get_submodule("model.norm")
-            norm.load_state_dict({"weight": whole(source, "model.norm.weight").float()}, assign=True)
-            inputs = (norm(hidden[i : i + 1]) for i in range(len(hidden)))
+            norm.load_state_dict({"weight": walk._weight("model.norm.weight")}, assign=True)
+            inputs = (norm(hidden[i : i + 1].to(device)) for i in range(len(hidden)))
             save_file({"0": _sum(inputs, hidden.shape[-1])}, work / f"{HEAD}.safetensors")
             blocks.append(HEAD)
         source.check_unchanged()
@@ -170,10 +177,12 @@ def _gather(source: Source, ids: Tensor, target: Path, progress: Progress) -> No
 
 
 def _sum(inputs: Any, width: int) -> Tensor:
-    accumulator = HessianAccumulator(width)
+    accumulator = None
     for x in inputs:
+        accumulator = accumulator or HessianAccumulator(width, device=x.device)
         accumulator.add(x)
-    return accumulator.hessian
+    assert accumulator is not None  # there is a window
+    return accumulator.hessian.cpu()
 
 
 class StoredSteps(PlainSteps):
@@ -185,10 +194,11 @@ class StoredSteps(PlainSteps):
         targets: Mapping[str, Target],
         resolved: Resolved,
         policy: Policy,
+        device: torch.device,
         ids: Tensor,
         folder: Path | None,
     ) -> None:
-        super().__init__(source, targets, resolved, policy)
+        super().__init__(source, targets, resolved, policy, device)
         self.ids = ids
         self.folder = folder
         # no group: a step is one process's alone, and its sums are there already
@@ -197,7 +207,9 @@ class StoredSteps(PlainSteps):
 
     def resume(self, folder: Path, shards: ShardFiles, done: list[Step]) -> None:
         """Open the Hessians; without a place of their own they are gathered in the job's folder, and go with it."""
-        self.store = gather_hessians(self.source, self.ids, self.folder or folder / "hessians")
+        self.store = gather_hessians(
+            self.source, self.ids, self.folder or folder / "hessians", device=self.device
+        )
 
     def compute(self, step: Step, index: int) -> StepResult:
         assert self.store is not None
@@ -209,10 +221,12 @@ class StoredSteps(PlainSteps):
             ]
             if not names:
                 continue
-            accumulator = self.store.of_stage(step.name, stage)
+            accumulator = self.store.of_stage(step.name, stage, self.device)
             for together in _batches(names, prefix.removesuffix("."), self.resolved) if prefix else [names]:
                 paths = [f"{prefix}{name}" for name in together]
-                weights = [whole(self.source, f"{path}.weight").to(torch.float32) for path in paths]
+                weights = [
+                    whole(self.source, f"{path}.weight").to(self.device).to(torch.float32) for path in paths
+                ]
                 solved = quantize_under(paths, weights, self.setting, accumulator)
                 for path, done in zip(paths, solved, strict=True):
                     result.add(path, done, self.resolved[path][0])

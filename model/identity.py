@@ -15,7 +15,13 @@ from .trouble import Policy
 
 
 def job_identity(
-    source: Source, config: QuantConfig, policy: Policy, max_shard_bytes: int, ids: Tensor | None, world: int
+    source: Source,
+    config: QuantConfig,
+    policy: Policy,
+    max_shard_bytes: int,
+    ids: Tensor | None,
+    world: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """The parts by name, JSON-ready.
 
@@ -23,7 +29,7 @@ def job_identity(
 
     Args:
         ids: calibration windows int64 [windows, length], None where there are none.
-        world: processes of the job.
+        world: processes of the job. device: where they compute.
     """
     out: dict[str, Any] = {
         "brise": version("brise"),
@@ -31,6 +37,7 @@ def job_identity(
         "policy": policy.to_dict(),
         "max_shard_bytes": max_shard_bytes,
         "source": source.identity(),
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
     }
     if ids is not None:
         out["calibration windows"] = hashlib.sha256(

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..quant.apply import Outcome, Target, measure, quantize_weight
 from ..quant.config import QuantSpec
-from ..quant.rows import round_rows
+from ..quant.rows import Pieces, round_rows
 from ..quant.scales import NonFiniteError
 from ..quant.tensor import QuantizedTensor
-from ..quant.workers import Workers
+from .device_copy import pieces_on
 from .job_plan import Step
 from .shards import ShardFiles
 from .solve import Quantized, kept
@@ -41,7 +41,7 @@ class StepResult:
         if result.outcome.spec != planned:
             self.changes.append(path)
         if result.tensor is not None:
-            self.tensors |= {f"{path}.{name}": tensor for name, tensor in result.tensor.tensors.items()}
+            self.tensors |= {f"{path}.{name}": tensor.cpu() for name, tensor in result.tensor.tensors.items()}
 
     def record(self, step: int) -> dict[str, Any]:
         """The step's line in the journal."""
@@ -63,12 +63,18 @@ class PlainSteps:
     shared_out = True
 
     def __init__(
-        self, source: Source, targets: Mapping[str, Target], resolved: Resolved, policy: Policy
+        self,
+        source: Source,
+        targets: Mapping[str, Target],
+        resolved: Resolved,
+        policy: Policy,
+        device: torch.device,
     ) -> None:
         self.source = source
         self.targets = targets
         self.resolved = resolved
         self.policy = policy
+        self.device = device
 
     def resume(self, folder: Path, shards: ShardFiles, done: list[Step]) -> None:
         """Nothing is carried from step to step."""
@@ -76,7 +82,7 @@ class PlainSteps:
     def compute(self, step: Step, index: int) -> StepResult:
         result = StepResult()
         paths = [path for path in step.targets if self.resolved[path][0] is not None]
-        with Workers() as workers:
+        with pieces_on(self.device) as workers:
             for number, path in enumerate(paths):
                 for later in paths[number : number + 2]:
                     self.source.prefetch(f"{later}.weight")
@@ -89,8 +95,8 @@ class PlainSteps:
     def on_record(self, index: int) -> None:
         """Nothing to forget."""
 
-    def round(self, path: str, workers: Workers) -> Quantized:
-        """One weight, by its spec.
+    def round(self, path: str, workers: Pieces) -> Quantized:
+        """One weight, by its spec; its tensors are whole when the work of ``workers`` is over.
 
         Raises:
             TroubleError: something is wrong with it, and the policy is to fail.

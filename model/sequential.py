@@ -24,7 +24,7 @@ Load = Callable[[str], Tensor]
 
 @dataclass
 class Activations:
-    """Hidden states of this process's calibration windows in front of a block: [windows, T, D] fp32.
+    """Hidden states of this process's calibration windows in front of a block: [windows, T, D] fp32, on the CPU.
 
     Attributes:
         hidden: as the already quantized blocks give them.
@@ -116,6 +116,7 @@ class _Stream:
     ) -> None:
         self.layer = layer
         self.walk = BlockWalk(layer, context)
+        self.device = context.device
         self.hidden = hidden
         self.frozen = frozen
         self._buffer = buffer
@@ -158,7 +159,7 @@ class _Stream:
         self._kept, self._ran = None, False
 
     def _input(self, stage: int, hidden: Tensor) -> Tensor:
-        walk = self.walk
+        walk, hidden = self.walk, hidden.to(self.device)
         if stage == 0:
             return walk.attention_input(hidden)
         if stage == 1:
@@ -169,7 +170,7 @@ class _Stream:
 
     def _join(self, stage: int, i: int, x: Tensor) -> None:
         join = self.walk.after_attention if stage == 1 else self.walk.after_mlp
-        self.hidden[i : i + 1] = join(self.hidden[i : i + 1], x)
+        self.hidden[i : i + 1] = join(self.hidden[i : i + 1].to(self.device), x.to(self.device))
 
     def _keep(self, i: int, x: Tensor) -> None:
         if self._kept is None:
@@ -193,7 +194,8 @@ def _quantize_stage(
         return {}
     accumulator = None
     if any(spec.needs_hessian for name in names if (spec := specs[f"{prefix}.{name}"][0])):
-        accumulator = HessianAccumulator(layer.get_submodule(names[0]).in_features, cross=len(streams) == 2)  # type: ignore[arg-type]
+        width: int = layer.get_submodule(names[0]).in_features  # type: ignore[assignment]
+        accumulator = HessianAccumulator(width, len(streams) == 2, streams[0].device)
         for inputs in zip(*(stream.inputs(stage) for stream in streams), strict=True):
             accumulator.add(*inputs)
         if stage in (1, 3):  # all windows are past them
@@ -246,7 +248,8 @@ def _quantize_at_once(
     gathered: dict[str, HessianAccumulator] = {}
     for stage, names in enumerate(STAGES):
         _fill_stage([unquantized], stage, load)
-        accumulator = HessianAccumulator(layer.get_submodule(names[0]).in_features)  # type: ignore[arg-type]
+        width: int = layer.get_submodule(names[0]).in_features  # type: ignore[assignment]
+        accumulator = HessianAccumulator(width, device=unquantized.device)
         for x in unquantized.inputs(stage):
             accumulator.add(x)
         reduce(accumulator, setting.group)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..quant.apply import Outcome, Report, Target, find_targets, resolve
 from ..quant.config import ConfigError, QuantConfig, QuantSpec
 from .calibrated import CalibratedSteps, check_calibration
+from .device_copy import compute_device
 from .group import Group, current_group, raise_together, share
 from .hessian_store import StoredSteps
 from .identity import job_identity
@@ -59,6 +60,7 @@ def quantize_checkpoint(
     policy: Policy | None = None,
     max_shard_bytes: int = 5_000_000_000,
     hessians: Path | None = None,
+    device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Report:
     """Quantize the checkpoint in folder ``src`` into a new folder ``out``, which appears only when it is whole.
@@ -76,6 +78,8 @@ def quantize_checkpoint(
         max_shard_bytes: a tensor that would make a shard larger than this begins the next one.
         hessians: a folder of Hessians that several configs with ``hessians: once`` share (see :mod:`.hessian_store`);
             without it such a config gathers its own.
+        device: where weights are rounded, or blocks run and are solved. What is rounded plainly, with scales that are
+            not searched, has the same bits on each.
         progress: called with (what, done, total) after every step.
 
     Returns:
@@ -85,12 +89,22 @@ def quantize_checkpoint(
         ConfigError: the rules do not fit the model, or calibration data is missing.
         CheckpointError: ``src`` cannot be read, is quantized already, or changes underneath; ``out`` is there and is to
             stay; another process writes it; an unfinished job is in the way, or another one than this.
+        DeviceError: torch does not see the device.
         TroubleError: a weight or a Hessian cannot be quantized, and the policy is to fail.
         ValueError: token ids outside the vocabulary.
         OSError: the disk is full. What was finished is kept, and can be resumed.
     """
+    where = compute_device(device)
     job = _Job(
-        open_source(src), src, config, calibration, memory, policy or Policy(), max_shard_bytes, hessians
+        open_source(src),
+        src,
+        config,
+        calibration,
+        memory,
+        policy or Policy(),
+        max_shard_bytes,
+        where,
+        hessians,
     )
     return job.run(out, overwrite, resume, progress or (lambda *_: None))
 
@@ -107,7 +121,8 @@ class _Job:
         memory: str,
         policy: Policy,
         max_shard_bytes: int,
-        hessians: Path | None = None,
+        device: torch.device,
+        hessians: Path | None,
     ) -> None:
         self.source = source
         self.config = config
@@ -130,9 +145,9 @@ class _Job:
         )
         self.worker: PlainSteps | CalibratedSteps
         if ids is None:
-            self.worker = PlainSteps(source, self.targets, self.resolved, policy)
+            self.worker = PlainSteps(source, self.targets, self.resolved, policy, device)
         elif config.calibration.hessians == "once":
-            self.worker = StoredSteps(source, self.targets, self.resolved, policy, ids, hessians)
+            self.worker = StoredSteps(source, self.targets, self.resolved, policy, device, ids, hessians)
         else:
             self.worker = CalibratedSteps(
                 source,
@@ -140,12 +155,13 @@ class _Job:
                 self.targets,
                 self.resolved,
                 policy,
+                device,
                 self.group,
                 config.calibration,
                 ids,
                 memory,
             )
-        self.identity = job_identity(source, config, policy, max_shard_bytes, ids, self.group.world)
+        self.identity = job_identity(source, config, policy, max_shard_bytes, ids, self.group.world, device)
 
     @property
     def specs(self) -> dict[str, QuantSpec | None]:

@@ -44,6 +44,11 @@ class WalkContext:
     position_embeddings: CosSin
     attention_mask: Any
 
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks run."""
+        return self.position_embeddings[0].device
+
 
 def walk_context(
     config: MistralConfig,

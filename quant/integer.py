@@ -47,9 +47,9 @@ class IntegerFormat:
         if spec.symmetric:
             steps = self.middle - 1 if spec.scale == "absmax_narrow" else self.top / 2
             # abs: a group of zeros must give the scale 0.0, never -0.0
-            return torch.maximum(-low, high).abs_() / steps, None
+            return torch.maximum(-low, high).abs_() / _on(low, steps), None
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (high - low) / self.top
+        scale = (high - low) / _on(low, self.top)
         zero = torch.where(scale > 0, -low / scale, 0).round_().clamp_(0, self.top)
         return scale, zero.to(torch.uint8)
 
@@ -92,6 +92,11 @@ class IntegerGrid:
 
     def places(self, count: int) -> Tensor:
         return self.scale.new_empty(count, self.scale.shape[1])
+
+
+def _on(like: Tensor, value: float) -> Tensor:
+    """A divisor on the device of ``like``: CUDA multiplies by the reciprocal of a number, which rounds otherwise."""
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 INTEGERS = (*(IntegerFormat(bits) for bits in (2, 3, 4)), IntegerFormat(8, default_group=None))

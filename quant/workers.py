@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -18,6 +19,9 @@ class Workers:
 
     Small pieces of work on all cores: torch's own threads would meet after every operator.
     """
+
+    device = torch.device("cpu")
+    piece: int | None = None
 
     def __enter__(self) -> Workers:
         self.count = torch.get_num_threads()
@@ -54,3 +58,17 @@ class Workers:
             for future in futures:
                 future.cancel()
             raise
+
+    def each(
+        self,
+        function: Callable[[slice, Tensor], B],
+        rows: Callable[[int, int], Tensor],
+        parts: Sequence[slice],
+        again: bool = False,
+    ) -> list[B]:
+        """See :class:`.rows.Pieces`: each thread reads the rows of its part, every time, and keeps none."""
+        return self.map(lambda part: function(part, rows(part.start, part.stop)), parts)
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """It is there already."""
+        return tensor

@@ -64,6 +64,23 @@ def test_large_numbers_of_modules_and_of_bytes():
     assert bound <= found.loss * (1 + 1e-9) and found.loss <= bound * 1.01
 
 
+def test_what_is_over_by_the_solvers_tolerance_is_not_taken(monkeypatch):
+    import scipy.optimize
+
+    real, calls = scipy.optimize.milp, []
+
+    def loose(losses, constraints, **rest):
+        """Its sums come out smaller than they are."""
+        each, limit = constraints
+        calls.append(limit.ub)
+        return real(losses, constraints=[each, type(limit)(limit.A, limit.lb, limit.ub + 1)], **rest)
+
+    monkeypatch.setattr(scipy.optimize, "milp", loose)
+    row = {"small": Option(10, 1.0), "large": Option(101, 0.0)}
+    found = allocate({"a": row, "b": row}, 201)
+    assert found.nbytes == 111 and found.loss == 1.0 and len(calls) == 2
+
+
 def test_a_budget_that_nothing_fits():
     with pytest.raises(BudgetError, match="the smallest choice takes 30 bytes, the budget is 29"):
         allocate({"a": {"x": Option(10, 1.0)}, "b": {"x": Option(20, 1.0), "y": Option(30, 0.0)}}, 29)

@@ -1,17 +1,25 @@
 """``brise plan``: right to the byte about what is made, and proposals that fit."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 from typer.testing import CliRunner
 
 from brise.cli.main import app
+from brise.eval.budget_plan import candidates, mixed_plan, uniform_plans
 from brise.eval.memory import ledger_of_checkpoint
 from brise.eval.plan import Layout, parse_size
+from brise.model.reader import CheckpointReader
+from brise.model.source import open_source
 from brise.model.synth import SIZES
+from brise.model.trouble import plain
+from brise.quant.apply import resolve
+from brise.quant.config import Calibration
 from brise.quant.presets import PRESETS
 
 GIB = 1 << 30
@@ -40,7 +48,10 @@ def test_the_ledger_is_right_to_the_byte(tiny_checkpoint, tmp_path, config):
     planned = run_json("plan", tiny_checkpoint, "-c", config)
     run("quantize", tiny_checkpoint, tmp_path / "q", "-c", config)
     assert planned["bytes"] == tensor_bytes(tmp_path / "q") == ledger_of_checkpoint(tmp_path / "q").nbytes
-    assert planned["by_kind"] == ledger_of_checkpoint(tmp_path / "q").by_kind()
+    found = ledger_of_checkpoint(tmp_path / "q").to_dict()
+    assert {key: planned[key] for key in found} == found
+    source = CheckpointReader(tiny_checkpoint)  # the head is tied, and is in no file
+    assert planned["parameters"] == sum(torch.Size(source.info(n)[1]).numel() for n in source.names)
 
 
 class Described:
@@ -68,7 +79,25 @@ def test_mistral_7b_in_nf4_with_everything_quantized():
     assert plan.ledger.nbytes <= 3.5 * GIB and plan.ledger.parameters == 7_241_732_096
     # 2 (K and V) x 32 blocks x 8 heads x 128 x 2 bytes, and the window of 4096 holds for 32768 as well
     assert plan.kv_cache == {4096: 4096 * 131072, 32768: 4096 * 131072}
-    assert plan.peak < 2.0e9
+    # the process, two steps' codes of the embedding (half a byte a weight) and the third being made
+    codes, scales = 32000 * 4096 // 2, 32000 * 4
+    assert plan.peak - 3 * codes - scales == pytest.approx(0.44e9, rel=0.05)
+    assert plan.peak < 2.0e9 and plan.scratch == 0
+
+
+def test_the_peak_of_gptq_at_full_width():
+    """What must be there at once when down_proj is solved, and what the promise allows."""
+    layout = Layout.of(Described(SIZES["mistral-7b"]))
+    calibration = Calibration(windows=32, length=512)
+    config = dataclasses.replace(PRESETS["gptq-int4-g128"], calibration=calibration)
+    file, memory = (layout.plan(config, [], where) for where in ("file", "memory"))
+    hessian = 14336 * 14336 * 4  # in fp32, and twice that for its factor in fp64; the weight in fp32
+    assert 3 * hessian + 14336 * 4096 * 4 < file.peak < 6e9
+    tokens, streams = 32 * 512, 2 if calibration.target == "full" else 1
+    # the hidden states, and the inputs of down_proj, which are kept until it is quantized
+    assert memory.peak - file.peak == tokens * 4096 * 4 * streams + tokens * 14336 * 4
+    # what is behind a block stays until the next one is on record
+    assert file.scratch == 2 * tokens * 4096 * 4 * streams and memory.scratch == 0
 
 
 def test_the_ledger_in_words(tiny_checkpoint):
@@ -137,6 +166,41 @@ def test_a_mixture_that_fits_and_is_measured(tiny_checkpoint, tiny_text, tmp_pat
         kl[name] = said["divergence"]["kl"]
     assert kl["q"] < kl["u"]
     assert run("plan", tiny_checkpoint, "--budget", "2kB", "--mixed", *words[2:10], code=1)
+
+
+@pytest.mark.parametrize("keep_ends", [False, True])
+def test_a_mixture_for_gptq_and_a_tied_head(tiny_checkpoint, keep_ends):
+    """Losses that are made up: what counts is that the config says what was allotted, for every module."""
+    pytest.importorskip("scipy")
+    layout = Layout.of(open_source(tiny_checkpoint))
+    specs = candidates(layout, "gptq-")
+    paths = [t.path for t in layout.targets.values() if t.tied_to is None]
+    losses = {p: {n: (1 + i) * 4.0 ** -int(n[3]) for n in specs} for i, p in enumerate(paths)}
+    calibration = Calibration(windows=3, length=16)
+    budget = layout.ledger(PRESETS["int3-g32" if keep_ends else "int3-g32-all"]).nbytes
+    mixed = mixed_plan(layout, budget, losses, specs, calibration, keep_ends=keep_ends)
+    assert mixed.nbytes <= budget and mixed.config.calibration == calibration
+    resolved = {path: spec for path, (spec, _) in resolve(mixed.config, layout.targets.values()).items()}
+    embedding = resolved.pop("model.embed_tokens")
+    assert resolved.pop("lm_head") == embedding
+    assert (embedding is None) == keep_ends
+    if embedding is not None:
+        assert embedding == plain(specs[mixed.allocation.chosen["model.embed_tokens"]])
+    for path, spec in resolved.items():
+        name = mixed.allocation.chosen[path]
+        assert spec == (None if name == "keep" else specs[name])
+    assert list(mixed.allocation.chosen) == paths and len(set(mixed.allocation.chosen.values())) > 1
+
+
+def test_what_a_preset_is_predicted_to_lose(tiny_checkpoint):
+    """The sum over what it quantizes: with -all the embedding too, and nothing where a module was not measured."""
+    layout = Layout.of(open_source(tiny_checkpoint))
+    paths = [t.path for t in layout.targets.values() if t.tied_to is None]
+    losses = {p: {"int4-g32": 1.0 if ".layers." in p else 100.0} for p in paths}
+    plans = {u.name: u.predicted for u in uniform_plans(layout, 10**9, "", losses)}
+    assert plans["int4-g32"] == 14.0 and plans["int4-g32-all"] == 114.0 and plans["nf4"] is None
+    assert not any(name.startswith("gptq-") for name in plans)
+    assert all(u.name.startswith("gptq-") for u in uniform_plans(layout, 10**9, "gptq-"))
 
 
 @pytest.mark.parametrize(

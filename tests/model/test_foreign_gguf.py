@@ -15,10 +15,13 @@ from brise.model.foreign.plan import Verdict
 from brise.model.foreign.reader import open_checkpoint
 from brise.model.gguf import convert_gguf, open_gguf
 from brise.model.mistral import MistralForCausalLM
+from brise.model.reader import CheckpointReader
+from brise.model.stream import quantize_checkpoint
 from brise.quant.apply import quantize_model
 from brise.quant.config import ConfigError, QuantConfig
 from brise.quant.interop.ggml import BLOCKS
 from brise.quant.linear import QuantLinear
+from brise.quant.presets import PRESETS
 from brise.quant.rtn import rtn
 
 gguf = pytest.importorskip("gguf")
@@ -88,6 +91,23 @@ def test_blocks_are_what_the_gguf_package_reads_and_writes(kind):
     assert np.array_equal(gguf.dequantize(theirs.numpy(), stored), read.dequantize().numpy())
     with pytest.raises(ValueError, match="takes uint8"):
         block.read(theirs[:, 1:], block.spec, (6, 128))
+
+
+def test_a_file_is_quantized_again_from_what_it_decodes_to(sources, tmp_path):
+    """Against transformers' own reader of the file, and plain rounding."""
+    export_checkpoint(sources / "q8_0", tmp_path / "out", "gguf-q8_0")
+    file = tmp_path / "out" / "out-Q8_0.gguf"
+    report = quantize_checkpoint(file, tmp_path / "q", PRESETS["int4-g32-all"])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=file.name, dtype=torch.float32)
+    made = CheckpointReader(tmp_path / "q")
+    assert len(report.quantized) == 2 * 7 + 2
+    for path in [o.path for o in report.quantized if o.path != "lm_head"]:  # which is tied
+        expected = rtn(theirs.get_submodule(path).weight.detach(), PRESETS["int4-g32-all"].rules[0].spec)
+        for name, tensor in expected.tensors.items():
+            assert torch.equal(made.tensor(f"{path}.{name}"), tensor), path
+    # the tokenizer lies in the file, and comes out of it
+    ours, of_file = load_tokenizer(tmp_path / "q"), load_tokenizer(file)
+    assert ours("the wind")["input_ids"] == of_file("the wind")["input_ids"]
 
 
 def test_a_minimum_in_place_of_a_zero_point(sources, tmp_path):

@@ -183,6 +183,22 @@ def test_mistrals_own_files_become_hugging_faces(consolidated, tiny_checkpoint, 
         assert torch.equal(logits, load_model(tmp_path / "q")(IDS).logits)
 
 
+def test_mistrals_own_files_in_several_parts(consolidated, tiny_checkpoint):
+    tensors = load_file(consolidated / "consolidated.safetensors")
+    (consolidated / "consolidated.safetensors").unlink()
+    names = sorted(tensors)
+    for number in range(3):
+        part = {n: tensors[n] for n in names[number::3]}
+        save_file(part, consolidated / f"consolidated-{number + 1:05d}-of-00003.safetensors")
+    source, reader = open_source(consolidated), CheckpointReader(tiny_checkpoint)
+    assert source.names == reader.names
+    assert all(torch.equal(whole(source, name), reader.tensor(name)) for name in reader.names)
+    last = consolidated / "consolidated-00003-of-00003.safetensors"
+    save_file({**load_file(last), names[0]: tensors[names[0]]}, last)
+    with pytest.raises(CheckpointError, match=f"1 tensors are in two shards: {names[0]}"):
+        open_source(consolidated)
+
+
 @pytest.mark.parametrize(
     "change, says",
     [

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,17 @@ import torch
 from typer.testing import CliRunner
 
 from brise.cli.main import app
-from brise.model import plain, shards
+from brise.model import plain, shards, stream
+from brise.model.activations import InFiles
 from brise.model.atomic import try_lock
 from brise.model.checkpoint import load_model
-from brise.model.job import job_path
+from brise.model.group import Alone
+from brise.model.job import JobFolder, job_path
 from brise.model.plain import PlainSteps
 from brise.model.reader import CheckpointReader
 from brise.model.safetensors_header import CheckpointError
 from brise.model.stream import Interrupted, quantize_checkpoint
+from brise.model.trouble import Policy
 from brise.quant.config import QuantConfig, QuantSpec, Rule
 from brise.quant.presets import PRESETS
 from brise.quant.rtn import rtn
@@ -112,6 +116,14 @@ def test_what_is_finished_is_not_done_again(tiny_checkpoint, tmp_path, monkeypat
         quantize_checkpoint(tiny_checkpoint, out, NF4)
     with pytest.raises(CheckpointError, match=r"differs in config \("):
         quantize_checkpoint(tiny_checkpoint, out, PRESETS["nf4-all"], resume=True)
+    with pytest.raises(CheckpointError, match=r"differs in policy \("):
+        quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True, policy=Policy(zero="keep"))
+    with pytest.raises(CheckpointError, match=r"differs in max_shard_bytes \(5000000000, now 3000\)"):
+        quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True, max_shard_bytes=3000)
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    with pytest.raises(CheckpointError, match=r"differs in source \("):
+        quantize_checkpoint(other, out, NF4, resume=True)
     with monkeypatch.context() as patch:
         seen = fail_at(patch, -1)
         quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True)
@@ -119,6 +131,43 @@ def test_what_is_finished_is_not_done_again(tiny_checkpoint, tmp_path, monkeypat
     assert not job_path(out).exists()
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True)
+
+
+def test_nothing_is_on_record_before_it_is_on_the_disk(tiny_checkpoint, tmp_path, monkeypatch):
+    """What a kill cannot show, since the system keeps its pages: every file is waited for, then the journal's line."""
+    dirty, synced, lines = set(), set(), []
+    real_pwrite, real_sync, real_fsync = os.pwrite, InFiles.sync, os.fsync
+
+    def pwrite(fd, data, at):
+        dirty.add(os.fstat(fd).st_ino)
+        return real_pwrite(fd, data, at)
+
+    def fsync(fd):
+        dirty.discard(os.fstat(fd).st_ino)
+        return real_fsync(fd)
+
+    def sync(self, step):
+        real_sync(self, step)
+        synced.add(step)
+
+    def append(self, record):
+        (index,) = [step["step"] for step in record["steps"]]
+        lines.append((index, set(dirty), index + 1 in synced))
+        journal = (self.path / "journal").stat().st_ino
+        dirty.add(journal)
+        real_append(self, record)
+        assert journal not in dirty
+
+    real_append = JobFolder.append
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "fdatasync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(InFiles, "sync", sync)
+    monkeypatch.setattr(JobFolder, "append", append)
+    config = PRESETS["gptq-int3-g32-all"]
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "q", config, calibration=IDS, memory="file")
+    # behind the last block that is calibrated in nothing needs the activations
+    assert lines == [(0, set(), True), (1, set(), True), (2, set(), False), (3, set(), False)]
 
 
 def test_overwriting_begins_anew(tiny_checkpoint, tmp_path, monkeypatch):
@@ -158,6 +207,19 @@ def test_calibration_goes_on_where_it_was(tiny_checkpoint, tmp_path, monkeypatch
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_each_process_takes_its_share_of_the_windows(tiny_checkpoint, monkeypatch):
+    """All of them at each would give the same weights, since GPTQ looks past a factor of the Hessian."""
+
+    class Third(Alone):
+        rank, world = 1, 3
+
+    monkeypatch.setattr(stream, "current_group", Third)
+    config, ids, cpu = PRESETS["gptq-int4-g32"], torch.arange(7)[:, None].repeat(1, 4), torch.device("cpu")
+    source = CheckpointReader(tiny_checkpoint)
+    job = stream._Job(source, tiny_checkpoint, config, ids, "memory", Policy(), 10**9, cpu, None)
+    assert job.worker.ids[:, 0].tolist() == [1, 4]
+
+
 def test_a_second_process_on_the_same_output_is_told(tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     job_path(out).mkdir()
@@ -191,8 +253,6 @@ def _replaced(path):
     ],
 )
 def test_a_source_that_changes_underneath(tiny_checkpoint, tmp_path, monkeypatch, change, says):
-    import shutil
-
     src, out = tmp_path / "src", tmp_path / "out"
     shutil.copytree(tiny_checkpoint, src)
     fail_at(monkeypatch, 2, action=lambda: change(src / "model.safetensors"))
@@ -247,6 +307,29 @@ def test_an_interrupt_says_how_to_go_on(tiny_checkpoint, tmp_path, monkeypatch):
     assert result.exit_code == 130
     assert "3 of 4 steps are kept: resume to go on (the same command with --resume)" in result.stderr
     assert CliRunner().invoke(app, [*command, "--resume"]).exit_code == 0
+
+
+def test_the_commands_options_reach_the_job(tiny_checkpoint, tmp_path, monkeypatch):
+    seen = {}
+
+    def capture(src, out, config, **options):
+        seen.update(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(stream, "quantize_checkpoint", capture)
+    words = ["quantize", str(tiny_checkpoint), str(tmp_path / "q"), "-c", "nf4", "--overwrite", "--resume"]
+    words += ["--memory", "file", "--shard-size", "77", "--on", "dead=fail", "--device", "cpu:0"]
+    assert CliRunner().invoke(app, words).stderr.strip() == "brise: seen"
+    del seen["progress"]
+    assert seen == {
+        "calibration": None,
+        "overwrite": True,
+        "resume": True,
+        "memory": "file",
+        "policy": Policy(dead="fail"),
+        "max_shard_bytes": 77,
+        "device": "cpu:0",
+    }
 
 
 def test_a_torn_journal_loses_its_last_line_only(tiny_checkpoint, tmp_path, monkeypatch):

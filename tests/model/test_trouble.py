@@ -21,6 +21,7 @@ from brise.quant.rtn import rtn
 
 IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
+EMBEDDING = "model.embed_tokens"
 NF4, GPTQ = PRESETS["nf4"], PRESETS["gptq-int4-g32"]
 
 
@@ -33,7 +34,8 @@ def spoil(tiny_checkpoint, tmp_path):
         shutil.copytree(tiny_checkpoint, out)
         tensors = load_file(out / "model.safetensors")
         for name, function in change.items():
-            function(tensors[f"{ {'up': UP, 'down': DOWN}[name] }.weight"])
+            path = {"up": UP, "down": DOWN, "embedding": EMBEDDING}[name]
+            function(tensors[f"{path}.weight"])
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
         return out
 
@@ -76,6 +78,33 @@ def test_nan_and_infinity_fail_or_are_kept(spoil, tmp_path, config):
 
 
 @pytest.mark.parametrize("config", [NF4, GPTQ], ids=["plain", "gptq"])
+@pytest.mark.parametrize("shard", [5_000_000_000, 9000], ids=["one", "many"])
+def test_what_is_kept_after_all_is_as_if_a_rule_had_kept_it(spoil, tmp_path, config, shard):
+    """The shards are laid out anew on the way; every tensor is the same, and no file is left of the first layout."""
+    job = {"calibration": IDS if config is GPTQ else None, "max_shard_bytes": shard}
+    src, ruled = spoil(down=nan), QuantConfig((Rule((DOWN,), None), *config.rules), config.calibration)
+    quantize_checkpoint(src, tmp_path / "ruled", ruled, **job)
+    quantize_checkpoint(src, tmp_path / "after", config, policy=Policy(nonfinite="keep"), **job)
+    names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("ruled", "after")]
+    assert names[0] == names[1]
+    one, other = CheckpointReader(tmp_path / "ruled"), CheckpointReader(tmp_path / "after")
+    assert one.names == other.names
+    for name in one.names:
+        a, b = (reader.tensor(name).reshape(-1).view(torch.uint8) for reader in (one, other))
+        assert torch.equal(a, b), name
+
+
+def test_a_head_stays_tied_to_an_embedding_that_is_kept(spoil, tmp_path):
+    src = spoil(embedding=nan)
+    report = quantize_checkpoint(src, tmp_path / "q", PRESETS["nf4-all"], policy=Policy(nonfinite="keep"))
+    assert [o.path for o in report.kept] == [EMBEDDING, "lm_head"]
+    reader = CheckpointReader(tmp_path / "q")
+    assert {"lm_head", EMBEDDING}.isdisjoint(reader.config["quantization_config"]["modules"])
+    model = load_model(tmp_path / "q")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("config", [NF4, GPTQ], ids=["plain", "gptq"])
 @pytest.mark.parametrize("action", ["round", "keep", "fail"])
 def test_a_weight_of_zeros(spoil, tmp_path, config, action):
     src, ids = spoil(up=lambda w: w.zero_()), IDS if config is GPTQ else None
@@ -92,13 +121,19 @@ def test_a_weight_of_zeros(spoil, tmp_path, config, action):
     assert not weight.any()
 
 
-def gptq(**options) -> QuantConfig:
-    spec = QuantSpec(format="int4", group_size=32, algorithm="gptq", options=options)
+def test_what_is_done_where_the_user_says_nothing():
+    assert Policy().to_dict() == {"nonfinite": "fail", "zero": "round", "hessian": "fail", "dead": "round"}
+
+
+def gptq(scale="absmax", **options) -> QuantConfig:
+    spec = QuantSpec(format="int4", group_size=32, algorithm="gptq", scale=scale, options=options)
     return QuantConfig((Rule(("*layers.*",), spec),))
 
 
-@pytest.mark.parametrize("action", ["fail", "round", "keep"])
-def test_a_hessian_without_a_factor(tiny_checkpoint, tmp_path, monkeypatch, action):
+@pytest.mark.parametrize(
+    "action, scale", [("fail", "mse"), ("round", "mse"), ("round", "hessian"), ("keep", "mse")]
+)
+def test_a_hessian_without_a_factor(tiny_checkpoint, tmp_path, monkeypatch, action, scale):
     """Not positive definite after the greatest damping: the next module is quantized as if nothing were."""
     from brise.quant import gptq as module
 
@@ -114,9 +149,9 @@ def test_a_hessian_without_a_factor(tiny_checkpoint, tmp_path, monkeypatch, acti
     job = {"calibration": IDS, "policy": Policy(hessian=action)}
     if action == "fail":
         with pytest.raises(TroubleError, match=r"damping 1 .*hessian=keep or hessian=round"):
-            quantize_checkpoint(tiny_checkpoint, tmp_path / "q", gptq(), **job)
+            quantize_checkpoint(tiny_checkpoint, tmp_path / "q", gptq(scale), **job)
         return
-    report = quantize_checkpoint(tiny_checkpoint, tmp_path / "q", gptq(), **job)
+    report = quantize_checkpoint(tiny_checkpoint, tmp_path / "q", gptq(scale), **job)
     by_path = {o.path: o for o in report.outcomes}
     assert "not positive definite" in by_path[DOWN].trouble and by_path[UP].trouble is None
     assert by_path[UP].spec.algorithm == "gptq"
@@ -125,7 +160,8 @@ def test_a_hessian_without_a_factor(tiny_checkpoint, tmp_path, monkeypatch, acti
     if action == "keep":
         assert torch.equal(reader.tensor(f"{DOWN}.weight"), weight)
     else:
-        assert by_path[DOWN].spec.algorithm == "rtn"
+        # a search under the Hessian becomes one without
+        assert (by_path[DOWN].spec.algorithm, by_path[DOWN].spec.scale) == ("rtn", "mse")
         expected = rtn(weight, by_path[DOWN].spec)
         assert all(torch.equal(reader.tensor(f"{DOWN}.{n}"), t) for n, t in expected.tensors.items())
     assert load_model(tmp_path / "q")(IDS).logits.isfinite().all()
