@@ -30,7 +30,9 @@ _BLOCK = 1 << 20
 # from this many rows on the product, not the decoding, takes the time: bf16 pays where the chip multiplies it
 _MANY_ROWS = 32
 # rows up to which the compiled product, which decodes once for four rows, beats decoding into memory once for all
-_FEW_ROWS, _FEW_ROWS_BF16 = 64, 16
+_FEW_ROWS = 64
+# where torch's bf16 product is fast, of 4 and 2 bits, and of 8
+_FEW_ROWS_BF16 = (16, 4)
 # input channels from which int4 is two products
 _WIDE = 256
 # rows up to which torch's int8 product is faster than decoding the weight once for all of them
@@ -46,7 +48,7 @@ def matmul(x: Tensor, w: Weight, bias: Tensor | None = None, batch_invariant: bo
     """x [M, K] @ W^T (+ bias) -> [M, N] in x's dtype; sums in fp32, or in x's dtype's own product for many
     rows."""
     compiled = compiled_for(w, x.dtype)
-    few = _FEW_ROWS_BF16 if _multiplies_bf16(x) else _FEW_ROWS
+    few = _FEW_ROWS_BF16[w.format == "int8"] if _multiplies_bf16(x) else _FEW_ROWS
     if compiled is not None and (batch_invariant or x.shape[0] <= few):
         result = native.matmul(x, w, compiled)
         if bias is not None:
@@ -71,7 +73,7 @@ def _in_blocks(
     """A block of rows of W decoded, multiplied, and the next in its place."""
     rows, (n, width) = x.shape[0], w.shape
     step = max(1, _BLOCK // max(1, width))
-    tiles = rows >= _MANY_ROWS and not batch_invariant and _multiplies_bf16(x)
+    tiles = (compiled is not None or rows >= _MANY_ROWS) and not batch_invariant and _multiplies_bf16(x)
     work = torch.bfloat16 if tiles else _work_dtype(x.dtype)
     inputs: _Inputs | _Compiled
     if compiled is not None and native.decodes(w.format, width, w.groups, compiled):
