@@ -185,8 +185,10 @@ def _add_config(writer: Any, config: dict[str, Any], kind: str) -> None:
     """The ``llama.`` section.
 
     Raises:
-        CheckpointError: a rotary embedding that the section is not written with here.
+        CheckpointError: a rotary embedding or an activation that the section is not written with here.
     """
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"hidden_act is {config['hidden_act']!r}: GGUF's llama always means silu")
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
         raise CheckpointError(f"rope_type {rope.get('rope_type')!r}: only the default one is written to GGUF")
@@ -207,6 +209,8 @@ def _add_config(writer: Any, config: dict[str, Any], kind: str) -> None:
     writer.add_rope_freq_base(float(rope.get("rope_theta", config.get("rope_theta", 10000.0))))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
+    if config.get("sliding_window") is not None:
+        writer.add_sliding_window(config["sliding_window"])
 
 
 def _uint8() -> Any:

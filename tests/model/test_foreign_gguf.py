@@ -1,6 +1,7 @@
 """GGUF written and read: blocks against the gguf package, tokenizers round trip, damaged headers in bounded time."""
 
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -172,6 +173,49 @@ def test_halves_and_what_is_not_quantized(sources, tmp_path):
     assert stored["blk.0.attn_q.weight"] == "Q8_0"
     assert stored["token_embd.weight"] == stored["output_norm.weight"] == "F32"
     assert plan_export(sources / "q8_0", "gguf-q4_0").of(Verdict.REQUANTIZED)
+
+
+def test_a_window_goes_along_and_what_llama_cpp_makes_of_it_is_said(sources, tmp_path):
+    model = tiny()
+    model.config.sliding_window = 5
+    save_model(model, tmp_path / "src")
+    add_tokenizer(tmp_path / "src")
+    plan = export_checkpoint(tmp_path / "src", tmp_path / "out", "gguf-f16")
+    file = tmp_path / "out" / "out-F16.gguf"
+    stored = open_gguf(file).fields["llama.attention.sliding_window"]
+    assert stored.contents() == 5 and stored.types == [gguf.GGUFValueType.UINT32]
+    again = load_model(file)
+    assert again.config.sliding_window == 5
+    torch.testing.assert_close(again(IDS).logits, load_model(tmp_path / "src")(IDS).logits, rtol=0.01, atol=0.01)
+    assert json.loads((convert_gguf(file, tmp_path / "dense") / "config.json").read_text())["sliding_window"] == 5
+    for text in (plan.describe(), (tmp_path / "out" / "README.md").read_text()):
+        assert "window of 5, but llama.cpp" in text and "beyond 5 positions" in text
+    # nothing to say: full attention, a window as long as the model, another format
+    assert not plan_export(sources / "dense", "gguf-f16").notes
+    assert not plan_export(tmp_path / "src", "gptq_v2").notes
+    assert "llama.attention.sliding_window" not in open_gguf(written(sources, tmp_path)).fields
+    model.config.sliding_window = 64
+    save_model(model, tmp_path / "long")
+    assert not plan_export(tmp_path / "long", "gguf-f16").notes
+
+
+def written(sources, tmp_path):
+    export_checkpoint(sources / "dense", tmp_path / "full", "gguf-f16")
+    return tmp_path / "full" / "full-F16.gguf"
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'linear'")],
+)  # fmt: skip
+def test_what_a_llama_section_cannot_say_is_refused(sources, tmp_path, change, says):
+    shutil.copytree(sources / "dense", tmp_path / "src")
+    config = json.loads((tmp_path / "src" / "config.json").read_text())
+    (tmp_path / "src" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=says):
+        export_checkpoint(tmp_path / "src", tmp_path / "out", "gguf-f16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_types_without_a_spec_are_decoded(sources, tmp_path):
