@@ -16,6 +16,8 @@ TRANSFORMERS = ["transformers==5.23.0", "accelerate==1.15.0"]
 PEERS = {
     "bitsandbytes": [[TORCH, "bitsandbytes==0.50.2", *TRANSFORMERS]],
     "compressed-tensors": [[TORCH, "compressed-tensors==0.20.0", *TRANSFORMERS]],
+    # the last one that loads packed zero points through transformers: later ones refuse even their own
+    "compressed-tensors-0.17": [[TORCH, "compressed-tensors==0.17.1", *TRANSFORMERS]],
     # it asks for a newer torch, whose kernels for GPUs it does not use here: itself without, and the rest of what it needs
     "gptqmodel": [
         [
@@ -26,7 +28,10 @@ PEERS = {
             "device-smi>=0.5.7",
             "logbar>=0.4.15",
             "ninja>=1.13.2",
+            "pillow>=13.0.0",
+            "protobuf>=7.36.2",
             "pypcre>=0.6.4",
+            "requests>=2.34.2",
             "threadpoolctl>=3.7.0",
             "tokenicer>=0.0.14",
             "torchao>=0.18.0",
