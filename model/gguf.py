@@ -346,9 +346,13 @@ def _window(stored: Any, said: int | None) -> int | None:
     if stored is None:
         return said
     if type(stored) is not int or stored < 1:
-        raise GGUFError(f"llama.attention.sliding_window is {stored!r}, expected a number of positions above 0")
+        raise GGUFError(
+            f"llama.attention.sliding_window is {stored!r}, expected a number of positions above 0"
+        )
     if said not in (None, stored):
-        raise GGUFError(f"llama.attention.sliding_window is {stored}, but sliding_window={said} was asked for")
+        raise GGUFError(
+            f"llama.attention.sliding_window is {stored}, but sliding_window={said} was asked for"
+        )
     return stored
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -129,21 +129,22 @@ def make_plan(reader: CheckpointReader, format: ForeignFormat, dtype: str) -> Pl
         why = "its blocks have no spec here" if path in decoded else "it is not quantized"
         steps.append(Step(path, (rows, width), Verdict.REQUANTIZED, None, None, 0.0, why))
     fresh = format.fresh_for({s.shape[1] for s in steps if s.verdict == Verdict.REQUANTIZED})
-    return Plan(
-        format.name,
-        tuple(dataclasses.replace(s, target=fresh) if s.verdict == Verdict.REQUANTIZED else s for s in steps),
-        _notes(reader.config, format),
-    )
+    steps = [dataclasses.replace(s, target=fresh) if s.verdict == Verdict.REQUANTIZED else s for s in steps]
+    return Plan(format.name, tuple(steps), tuple(_notes(reader.config, format, steps)))
 
 
-def _notes(config: Mapping[str, Any], format: ForeignFormat) -> tuple[str, ...]:
+def _notes(config: Mapping[str, Any], format: ForeignFormat, steps: list[Step]) -> Iterator[str]:
     window, length = config.get("sliding_window"), config.get("max_position_embeddings") or math.inf
-    if not format.is_gguf or window is None or window >= length:
-        return ()
-    return (
-        f"the file says its window of {window}, but llama.cpp attends to everything in llama-type models: beyond "
-        f"{window} positions it gives other results than this model",
-    )
+    if format.is_gguf and window is not None and window < length:
+        yield (
+            f"the file says its window of {window}, but llama.cpp attends to everything in llama-type models: "
+            f"beyond {window} positions it gives other results than this model"
+        )
+    if format.name == "compressed-tensors" and any(s.target and not s.target.symmetric for s in steps):
+        yield (
+            "transformers loads zero points with compressed-tensors up to 0.17; with 0.18 to 0.20 it refuses "
+            "them, those that compressed-tensors packs too"
+        )
 
 
 def _step(

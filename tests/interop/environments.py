@@ -9,7 +9,7 @@ import sys
 import venv
 from pathlib import Path
 
-# torch and transformers are ours, so that a difference is the peer's; accelerate is what quantized folders are loaded with
+# torch and transformers are ours, so that a difference is the peer's; accelerate is what loads quantized folders
 TORCH = "torch==2.13.0"
 TRANSFORMERS = ["transformers==5.23.0", "accelerate==1.15.0"]
 # name -> what is installed, one call of pip after another
@@ -18,7 +18,7 @@ PEERS = {
     "compressed-tensors": [[TORCH, "compressed-tensors==0.20.0", *TRANSFORMERS]],
     # the last one that loads packed zero points through transformers: later ones refuse even their own
     "compressed-tensors-0.17": [[TORCH, "compressed-tensors==0.17.1", *TRANSFORMERS]],
-    # it asks for a newer torch, whose kernels for GPUs it does not use here: itself without, and the rest of what it needs
+    # it asks for a newer torch than it needs on a CPU: itself without its requirements, and what it imports
     "gptqmodel": [
         [
             TORCH,

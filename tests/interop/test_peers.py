@@ -91,7 +91,10 @@ def peer(library: str, *args: object) -> None:
     if not python.exists():
         pytest.skip(f"there is no environment of {library} in {ROOT}")
     command = [str(python), str(Path(__file__).parent / "peer.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    # gptqmodel writes logs where it is started
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=900, cwd=Path(str(args[-1])).parent
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -186,8 +186,13 @@ def test_a_window_goes_along_and_what_llama_cpp_makes_of_it_is_said(sources, tmp
     assert stored.contents() == 5 and stored.types == [gguf.GGUFValueType.UINT32]
     again = load_model(file)
     assert again.config.sliding_window == 5
-    torch.testing.assert_close(again(IDS).logits, load_model(tmp_path / "src")(IDS).logits, rtol=0.01, atol=0.01)
-    assert json.loads((convert_gguf(file, tmp_path / "dense") / "config.json").read_text())["sliding_window"] == 5
+    torch.testing.assert_close(
+        again(IDS).logits, load_model(tmp_path / "src")(IDS).logits, rtol=0.01, atol=0.01
+    )
+    assert (
+        json.loads((convert_gguf(file, tmp_path / "dense") / "config.json").read_text())["sliding_window"]
+        == 5
+    )
     for text in (plan.describe(), (tmp_path / "out" / "README.md").read_text()):
         assert "window of 5, but llama.cpp" in text and "beyond 5 positions" in text
     # nothing to say: full attention, a window as long as the model, another format
