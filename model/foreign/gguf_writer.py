@@ -22,6 +22,7 @@ from ..atomic import AtomicFolder, write_file
 from ..gguf import BLOCK_NAMES, interleaved
 from ..reader import CheckpointReader
 from ..safetensors_header import CheckpointError
+from ..skeleton import UNFIT
 from .gguf_vocabulary import add_vocabulary
 from .plan import Plan, Step, Verdict
 from .reader import quantized
@@ -72,7 +73,14 @@ def write_gguf(
         path = folder.path / f"{out.name}-{kind}.gguf"
         writer = gguf.GGUFWriter(path, "llama")
         _add_config(writer, reader.config, kind)
-        add_vocabulary(writer, reader, int(reader.config["vocab_size"]))
+        try:
+            add_vocabulary(writer, reader, int(reader.config["vocab_size"]))
+        except CheckpointError:
+            raise
+        except UNFIT as error:
+            raise CheckpointError(
+                f"{reader.folder}: its tokenizer's files make no tokenizer: {type(error).__name__}: {error}"
+            ) from error
         for tensor in tensors:
             stored = gguf.GGMLQuantizationType[tensor.kind]
             block, size = gguf.GGML_QUANT_SIZES[stored]
