@@ -38,6 +38,7 @@ _KEYS = {
     "attention.key_length",
     "attention.value_length",
     "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
     "rope.freq_base",
     "rope.dimension_count",
     "rope.scaling.type",
@@ -99,10 +100,12 @@ def read_config(reader: Any, sliding_window: int | None = None) -> dict[str, Any
 
     Args:
         reader: what :func:`open_gguf` returned.
-        sliding_window: GGUF's llama section cannot say it, so the caller does; ``None`` is full attention.
+        sliding_window: of the model, where the file does not say it, as llama.cpp's converter never does of a
+            llama-type model; with neither, attention is full.
 
     Raises:
-        GGUFError: another architecture, a key that is missing, or one that is not understood.
+        GGUFError: another architecture, a key that is missing, or one that is not understood; a window that
+            contradicts ``sliding_window``.
     """
     fields = {name: field.contents() for name, field in reader.fields.items()}
     arch = fields.get("general.architecture")
@@ -162,7 +165,7 @@ def read_config(reader: Any, sliding_window: int | None = None) -> dict[str, Any
             "rope_type": "default",
             "rope_theta": _shortest(llama.get("rope.freq_base", 10000.0)),
         },
-        "sliding_window": sliding_window,
+        "sliding_window": _window(llama.get("attention.sliding_window"), sliding_window),
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
@@ -267,7 +270,7 @@ def convert_gguf(
     Args:
         path: the GGUF file.
         out: the folder to write; must not exist.
-        sliding_window: of the model, where its author says one; GGUF does not carry it.
+        sliding_window: of the model, where its author says one and the file does not.
         shard_bytes: size at which a new safetensors file begins.
         progress: called with (tensors done, tensors in all).
 
@@ -336,6 +339,21 @@ def _write_weights(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _window(stored: Any, said: int | None) -> int | None:
+    """The window in positions, from the file's key and the caller's word; None is full attention."""
+    if stored is None:
+        return said
+    if type(stored) is not int or stored < 1:
+        raise GGUFError(
+            f"llama.attention.sliding_window is {stored!r}, expected a number of positions above 0"
+        )
+    if said not in (None, stored):
+        raise GGUFError(
+            f"llama.attention.sliding_window is {stored}, but sliding_window={said} was asked for"
+        )
+    return stored
 
 
 def _shortest(value: float) -> float:

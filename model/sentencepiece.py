@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .safetensors_header import CheckpointError
 
@@ -63,7 +64,7 @@ def save_tokenizer(model: Path, folder: Path, max_length: int) -> None:
     Raises:
         CheckpointError: no sentencepiece model, or one of another kind than byte pairs with bytes to fall back on.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
     pieces = read_pieces(model.read_bytes(), str(model))
@@ -74,24 +75,10 @@ def save_tokenizer(model: Path, folder: Path, max_length: int) -> None:
             f"it has {kinds.count(_BYTE)} bytes"
         )
     unk, bos, eos = (piece.text for piece in pieces[:3])
-    vocab = {piece.text: index for index, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges_of(pieces), unk_token=unk, fuse_unk=True, byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(_SPACE, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    tokenizer = bare_tokenizer(pieces, unk)
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in (unk, bos, eos)])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, vocab[bos])]
+        single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, 1)]
     )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -101,6 +88,26 @@ def save_tokenizer(model: Path, folder: Path, max_length: int) -> None:
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
+
+
+def bare_tokenizer(pieces: list[Piece], unk: str | None, *, prefix: bool = True) -> Any:
+    """A ``tokenizers.Tokenizer`` of byte pairs with bytes to fall back on, without special tokens.
+
+    Args:
+        unk: the token for what has no bytes either.
+        prefix: whether a text begins with a blank that it does not have.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocab = {piece.text: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges_of(pieces), unk_token=unk, fuse_unk=True, byte_fallback=True)
+    )
+    blanks = normalizers.Replace(" ", _SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), blanks]) if prefix else blanks
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return tokenizer
 
 
 def merges_of(pieces: list[Piece]) -> list[tuple[str, str]]:

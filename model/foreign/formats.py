@@ -78,6 +78,11 @@ class ForeignFormat:
     kind: str | None = None
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether it is a file of llama.cpp's."""
+        return self.kind not in (None, "brise")
+
+    @property
     def decodes(self) -> bool:
         """Whether no weight of it is quantized."""
         return self.kind == "F16"

@@ -49,6 +49,7 @@ def add_vocabulary(writer: Any, reader: CheckpointReader, size: int) -> None:
         rank = {merge.replace(" ", ""): -float(i) for i, merge in enumerate(merges)}
         writer.add_token_list(tokens)
         writer.add_token_scores([rank.get(token, -1e9) for token in tokens])
+        writer.add_add_space_prefix(_prefixes(data))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre(data.get("pre_tokenizer"), reader.folder))
@@ -143,6 +144,17 @@ def _adds_bos(data: dict[str, Any], known: dict[str, Any]) -> bool:
     bos = bos.get("content") if isinstance(bos, dict) else bos
     first = [p["single"][0] for p in posts if p.get("type") == "TemplateProcessing" and p.get("single")]
     return bos is not None and any(part.get("SpecialToken", {}).get("id") == bos for part in first)
+
+
+def _prefixes(data: dict[str, Any]) -> bool:
+    """Whether a sentencepiece tokenizer begins a text with a blank that it does not have."""
+    normalizer, pre = data.get("normalizer") or {}, data.get("pre_tokenizer") or {}
+    steps = [*normalizer.get("normalizers", [normalizer]), *pre.get("pretokenizers", [pre])]
+    return any(
+        step.get("type") == "Prepend"
+        or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+        for step in steps
+    )
 
 
 def _template(folder: Path, known: dict[str, Any]) -> Any:

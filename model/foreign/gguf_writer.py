@@ -22,6 +22,7 @@ from ..atomic import AtomicFolder, write_file
 from ..gguf import BLOCK_NAMES, interleaved
 from ..reader import CheckpointReader
 from ..safetensors_header import CheckpointError
+from ..skeleton import UNFIT
 from .gguf_vocabulary import add_vocabulary
 from .plan import Plan, Step, Verdict
 from .reader import quantized
@@ -72,7 +73,14 @@ def write_gguf(
         path = folder.path / f"{out.name}-{kind}.gguf"
         writer = gguf.GGUFWriter(path, "llama")
         _add_config(writer, reader.config, kind)
-        add_vocabulary(writer, reader, int(reader.config["vocab_size"]))
+        try:
+            add_vocabulary(writer, reader, int(reader.config["vocab_size"]))
+        except CheckpointError:
+            raise
+        except UNFIT as error:
+            raise CheckpointError(
+                f"{reader.folder}: its tokenizer's files make no tokenizer: {type(error).__name__}: {error}"
+            ) from error
         for tensor in tensors:
             stored = gguf.GGMLQuantizationType[tensor.kind]
             block, size = gguf.GGML_QUANT_SIZES[stored]
@@ -185,8 +193,10 @@ def _add_config(writer: Any, config: dict[str, Any], kind: str) -> None:
     """The ``llama.`` section.
 
     Raises:
-        CheckpointError: a rotary embedding that the section is not written with here.
+        CheckpointError: a rotary embedding or an activation that the section is not written with here.
     """
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"hidden_act is {config['hidden_act']!r}: GGUF's llama always means silu")
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
         raise CheckpointError(f"rope_type {rope.get('rope_type')!r}: only the default one is written to GGUF")
@@ -207,6 +217,8 @@ def _add_config(writer: Any, config: dict[str, Any], kind: str) -> None:
     writer.add_rope_freq_base(float(rope.get("rope_theta", config.get("rope_theta", 10000.0))))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
+    if config.get("sliding_window") is not None:
+        writer.add_sliding_window(config["sliding_window"])
 
 
 def _uint8() -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -45,10 +47,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of an export: one step a weight that is quantized before or after it."""
+    """All of an export: one step a weight that is quantized before or after it.
+
+    ``notes`` say what the format holds and the tools that it is for leave out, as clauses.
+    """
 
     format: str
     steps: tuple[Step, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def lossless(self) -> bool:
@@ -67,7 +73,10 @@ class Plan:
         return [step for step in self.steps if step.verdict == verdict]
 
     def describe(self) -> str:
-        """In one sentence: lossless, rounded and by how much, or what has to be quantized again and why."""
+        """In one sentence: lossless, rounded and by how much, or what has to be quantized again and why; the notes."""
+        return "; ".join([self._verdict(), *self.notes])
+
+    def _verdict(self) -> str:
         if again := self.of(Verdict.REQUANTIZED):
             why = Counter(step.why for step in again).most_common(1)[0][0]
             return (
@@ -120,10 +129,22 @@ def make_plan(reader: CheckpointReader, format: ForeignFormat, dtype: str) -> Pl
         why = "its blocks have no spec here" if path in decoded else "it is not quantized"
         steps.append(Step(path, (rows, width), Verdict.REQUANTIZED, None, None, 0.0, why))
     fresh = format.fresh_for({s.shape[1] for s in steps if s.verdict == Verdict.REQUANTIZED})
-    return Plan(
-        format.name,
-        tuple(dataclasses.replace(s, target=fresh) if s.verdict == Verdict.REQUANTIZED else s for s in steps),
-    )
+    steps = [dataclasses.replace(s, target=fresh) if s.verdict == Verdict.REQUANTIZED else s for s in steps]
+    return Plan(format.name, tuple(steps), tuple(_notes(reader.config, format, steps)))
+
+
+def _notes(config: Mapping[str, Any], format: ForeignFormat, steps: list[Step]) -> Iterator[str]:
+    window, length = config.get("sliding_window"), config.get("max_position_embeddings") or math.inf
+    if format.is_gguf and window is not None and window < length:
+        yield (
+            f"the file says its window of {window}, but llama.cpp attends to everything in llama-type models: "
+            f"beyond {window} positions it gives other results than this model"
+        )
+    if format.name == "compressed-tensors" and any(s.target and not s.target.symmetric for s in steps):
+        yield (
+            "transformers loads zero points with compressed-tensors up to 0.17; with 0.18 to 0.20 it refuses "
+            "them, those that compressed-tensors packs too"
+        )
 
 
 def _step(

@@ -9,27 +9,47 @@ import sys
 import venv
 from pathlib import Path
 
-# torch comes as each of them wants it; accelerate is what transformers loads quantized folders with
+# torch and transformers are ours, so that a difference is the peer's; accelerate is what loads quantized folders
+TORCH = "torch==2.13.0"
+TRANSFORMERS = ["transformers==5.23.0", "accelerate==1.15.0"]
+# name -> what is installed, one call of pip after another
 PEERS = {
-    "gptqmodel": ["gptqmodel==7.7.0", "accelerate==1.15.0"],
-    "compressed-tensors": [
-        "compressed-tensors==0.20.0",
-        "transformers==5.23.0",
-        "accelerate==1.15.0",
-        "torch",
+    "bitsandbytes": [[TORCH, "bitsandbytes==0.50.2", *TRANSFORMERS]],
+    "compressed-tensors": [[TORCH, "compressed-tensors==0.20.0", *TRANSFORMERS]],
+    # the last one that loads packed zero points through transformers: later ones refuse even their own
+    "compressed-tensors-0.17": [[TORCH, "compressed-tensors==0.17.1", *TRANSFORMERS]],
+    # it asks for a newer torch than it needs on a CPU: itself without its requirements, and what it imports
+    "gptqmodel": [
+        [
+            TORCH,
+            *TRANSFORMERS,
+            "datasets==5.2.0",
+            "defuser>=0.0.28",
+            "device-smi>=0.5.7",
+            "logbar>=0.4.15",
+            "ninja>=1.13.2",
+            "pillow>=13.0.0",
+            "protobuf>=7.36.2",
+            "pypcre>=0.6.4",
+            "requests>=2.34.2",
+            "threadpoolctl>=3.7.0",
+            "tokenicer>=0.0.14",
+            "torchao>=0.18.0",
+        ],
+        ["--no-deps", "gptqmodel==7.7.0"],
     ],
-    "bitsandbytes": ["bitsandbytes==0.50.2", "transformers==5.23.0", "accelerate==1.15.0", "torch"],
 }
 
 
-def make(folder: Path, requirements: list[str]) -> None:
+def make(folder: Path, calls: list[list[str]]) -> None:
     stamp = folder / "requirements.txt"
-    text = "\n".join(requirements) + "\n"
+    text = "".join(" ".join(call) + "\n" for call in calls)
     if stamp.exists() and stamp.read_text() == text:
         return
     venv.create(folder, with_pip=True, clear=True)
-    python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--disable-pip-version-check", *requirements], check=True)
+    for call in calls:
+        pip = [folder / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", *call]
+        subprocess.run(pip, check=True)
     stamp.write_text(text)
 
 

@@ -1,6 +1,6 @@
 """Runs in a peer's environment, without ours: load a folder with its library, or make one.
 
-peer.py load LIBRARY FOLDER IDS.pt LOGITS.pt
+peer.py load LIBRARY FOLDER IDS.pt LOGITS.pt    writes a list: the logits, and those of a second way to compute them
 peer.py make LIBRARY SOURCE FOLDER
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 
-def load(library: str, folder: str, ids: torch.Tensor) -> torch.Tensor:
+def load(library: str, folder: str, ids: torch.Tensor) -> list[torch.Tensor]:
     if library == "gptqmodel":
         from gptqmodel import BACKEND, GPTQModel
 
@@ -24,8 +24,18 @@ def load(library: str, folder: str, ids: torch.Tensor) -> torch.Tensor:
 
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(info.values()), info
+    out = []
     with torch.no_grad():
-        return model(ids).logits.float()
+        if library == "bitsandbytes":
+            # where the CPU has bfloat16, it rounds inputs and absmax to that behind the caller's back; first without
+            fast = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+            for module in fast:
+                module.support_avx512bf16_for_cpu = False
+            out.append(model(ids).logits.float())
+            for module in fast:
+                module.support_avx512bf16_for_cpu = True
+        out.append(model(ids).logits.float())
+    return out
 
 
 def make(library: str, source: str, folder: str) -> None:

@@ -44,7 +44,7 @@ CASES = [
     ("asym", "awq", "gptqmodel"),
     ("sym", "awq", "gptqmodel"),
     ("sym", "compressed-tensors", "compressed-tensors"),
-    ("asym", "compressed-tensors", "compressed-tensors"),
+    ("asym", "compressed-tensors", "compressed-tensors-0.17"),
     ("row8", "compressed-tensors", "compressed-tensors"),
     ("nf4-dq", "bitsandbytes", "bitsandbytes"),
     ("fp4", "bitsandbytes", "bitsandbytes"),
@@ -91,7 +91,10 @@ def peer(library: str, *args: object) -> None:
     if not python.exists():
         pytest.skip(f"there is no environment of {library} in {ROOT}")
     command = [str(python), str(Path(__file__).parent / "peer.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    # gptqmodel writes logs where it is started
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=900, cwd=Path(str(args[-1])).parent
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -100,20 +103,27 @@ def logits(folder: Path, ids: torch.Tensor, dtype: torch.dtype = torch.float32) 
         return load_model(folder, dtype=dtype)(ids).logits.float()
 
 
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """||a - b|| / ||b||."""
+    return float((a - b).norm() / b.norm())
+
+
 @pytest.mark.parametrize("name, format, library", CASES)
 def test_the_peer_loads_what_is_written_here(root, tmp_path, name, format, library):
     assert export_checkpoint(root / name, tmp_path / "out", format).lossless
     peer(library, "load", library, tmp_path / "out", root / "ids.pt", tmp_path / "logits.pt")
-    ids, theirs = torch.load(root / "ids.pt"), torch.load(tmp_path / "logits.pt")
+    ids, (theirs, *fast) = torch.load(root / "ids.pt"), torch.load(tmp_path / "logits.pt")
     exact = logits(root / name, ids)
-    error = float((theirs - exact).norm() / exact.norm())
     if format == "bitsandbytes-int8":
-        assert error < 0.05, "LLM.int8 rounds the activations to 8 bits as well"
+        assert distance(theirs, exact) < 0.05, "LLM.int8 rounds the activations to 8 bits as well"
     elif library == "gptqmodel":  # it computes in float16
-        half = float((logits(root / name, ids, torch.float16) - exact).norm() / exact.norm())
-        assert error < 2 * half + 2e-3
+        half = distance(logits(root / name, ids, torch.float16), exact)
+        assert distance(theirs, exact) < 2 * half + 2e-3
     else:
-        assert error < 1e-5
+        assert distance(theirs, exact) < 1e-5
+    if library == "bitsandbytes" and format != "bitsandbytes-int8":  # on its way through bfloat16
+        half = distance(logits(root / name, ids, torch.bfloat16), exact)
+        assert distance(fast[0], exact) < 2 * half
 
 
 @pytest.mark.parametrize("library", ["gptqmodel", "bitsandbytes", "compressed-tensors"])
@@ -121,7 +131,6 @@ def test_what_the_peer_makes_is_read_here(root, tmp_path, library):
     peer(library, "make", library, root / "source", tmp_path / "theirs")
     assert examine(tmp_path / "theirs", root / "source").findings == []
     peer(library, "load", library, tmp_path / "theirs", root / "ids.pt", tmp_path / "logits.pt")
-    ids, theirs = torch.load(root / "ids.pt"), torch.load(tmp_path / "logits.pt")
+    ids, theirs = torch.load(root / "ids.pt"), torch.load(tmp_path / "logits.pt")[0]
     ours = logits(tmp_path / "theirs", ids)
-    error = float((theirs - ours).norm() / ours.norm())
-    assert error < (1e-2 if library == "gptqmodel" else 1e-5)
+    assert distance(theirs, ours) < (1e-2 if library == "gptqmodel" else 1e-5)

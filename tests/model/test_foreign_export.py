@@ -167,6 +167,13 @@ def test_what_needs_new_codes_is_refused_unless_asked_for(sources, tmp_path, nam
         assert error < 0.2, path
 
 
+def test_zero_points_that_newer_loaders_refuse_are_announced(sources):
+    """Seen by tests/interop: 0.20 makes its empty model with zero points that are not packed."""
+    assert "up to 0.17" in plan_export(sources / "asym", "compressed-tensors").describe()
+    assert not plan_export(sources / "int4", "compressed-tensors").notes
+    assert not plan_export(sources / "asym", "gptq_v2").notes
+
+
 def test_embedding_and_head_are_decoded(sources, tmp_path):
     plan = export_checkpoint(sources / "all", tmp_path / "out", "gptq")
     assert [s.path for s in plan.of(Verdict.DECODED)] == ["model.embed_tokens"]

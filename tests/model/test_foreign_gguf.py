@@ -1,15 +1,17 @@
 """GGUF written and read: blocks against the gguf package, tokenizers round trip, damaged headers in bounded time."""
 
 import json
+import shutil
 import struct
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
-from brise.model.checkpoint import CheckpointError, load_model, load_tokenizer, save_model
+from brise.model.checkpoint import CheckpointError, load_model, save_model
 from brise.model.foreign.export import export_checkpoint, plan_export
 from brise.model.foreign.plan import Verdict
 from brise.model.foreign.reader import open_checkpoint
@@ -166,19 +168,6 @@ def test_a_file_gives_the_model_that_was_written(sources, tmp_path, kind):
     assert f"llama-cli -m out/out-{kind.upper()}.gguf" in card
 
 
-def test_the_tokenizer_comes_back(sources, tmp_path):
-    export_checkpoint(sources / "q4_0", tmp_path / "out", "gguf-q4_0")
-    file = tmp_path / "out" / "out-Q4_0.gguf"
-    before, after = load_tokenizer(sources / "q4_0"), load_tokenizer(file)
-    for text in ("the 12 winds", " he they\n\tthe", "ünïcödé 3.14 <s>"):
-        assert before(text).input_ids == after(text).input_ids, text
-    assert (after.bos_token_id, after.eos_token_id) == (256, 257)
-    assert after.chat_template == "{{ messages }}"
-    fields = open_gguf(file).fields
-    assert fields["tokenizer.ggml.tokens"].contents()[299] == "[PAD299]"
-    assert fields["tokenizer.ggml.pre"].contents() == "smollm"
-
-
 def test_halves_and_what_is_not_quantized(sources, tmp_path):
     with pytest.raises(CheckpointError, match="not quantized; pass --requantize"):
         export_checkpoint(sources / "dense", tmp_path / "out", "gguf-q4_0")
@@ -194,32 +183,161 @@ def test_halves_and_what_is_not_quantized(sources, tmp_path):
     assert plan_export(sources / "q8_0", "gguf-q4_0").of(Verdict.REQUANTIZED)
 
 
+def test_a_window_goes_along_and_what_llama_cpp_makes_of_it_is_said(sources, tmp_path):
+    model = tiny()
+    model.config.sliding_window = 5
+    save_model(model, tmp_path / "src")
+    add_tokenizer(tmp_path / "src")
+    plan = export_checkpoint(tmp_path / "src", tmp_path / "out", "gguf-f16")
+    file = tmp_path / "out" / "out-F16.gguf"
+    stored = open_gguf(file).fields["llama.attention.sliding_window"]
+    assert stored.contents() == 5 and stored.types == [gguf.GGUFValueType.UINT32]
+    again = load_model(file)
+    assert again.config.sliding_window == 5
+    torch.testing.assert_close(
+        again(IDS).logits, load_model(tmp_path / "src")(IDS).logits, rtol=0.01, atol=0.01
+    )
+    assert (
+        json.loads((convert_gguf(file, tmp_path / "dense") / "config.json").read_text())["sliding_window"]
+        == 5
+    )
+    for text in (plan.describe(), (tmp_path / "out" / "README.md").read_text()):
+        assert "window of 5, but llama.cpp" in text and "beyond 5 positions" in text
+    # nothing to say: full attention, a window as long as the model, another format
+    assert not plan_export(sources / "dense", "gguf-f16").notes
+    assert not plan_export(tmp_path / "src", "gptq_v2").notes
+    assert "llama.attention.sliding_window" not in open_gguf(written(sources, tmp_path)).fields
+    model.config.sliding_window = 64
+    save_model(model, tmp_path / "long")
+    assert not plan_export(tmp_path / "long", "gguf-f16").notes
+
+
+def written(sources, tmp_path):
+    export_checkpoint(sources / "dense", tmp_path / "full", "gguf-f16")
+    return tmp_path / "full" / "full-F16.gguf"
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'linear'")],
+)  # fmt: skip
+def test_what_a_llama_section_cannot_say_is_refused(sources, tmp_path, change, says):
+    shutil.copytree(sources / "dense", tmp_path / "src")
+    config = json.loads((tmp_path / "src" / "config.json").read_text())
+    (tmp_path / "src" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=says):
+        export_checkpoint(tmp_path / "src", tmp_path / "out", "gguf-f16")
+    assert not (tmp_path / "out").exists()
+
+
+def unusual(**changes) -> MistralForCausalLM:
+    """A model none of whose sizes and constants is what it would be by default."""
+    torch.manual_seed(1)
+    config = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+              "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 24, "max_position_embeddings": 77,
+              "rms_norm_eps": 3e-3, "rope_parameters": {"rope_type": "default", "rope_theta": 123.0},
+              "sliding_window": 9, "initializer_range": 0.2, "bos_token_id": 7, "eos_token_id": 8,
+              "pad_token_id": 9}  # fmt: skip
+    return MistralForCausalLM(MistralConfig(**config | changes))
+
+
+def test_every_size_and_constant_goes_along(tmp_path):
+    model = unusual()
+    save_model(model, tmp_path / "src")
+    (tmp_path / "src" / "LICENSE").write_text("Do as you like.")
+    export_checkpoint(tmp_path / "src", tmp_path / "out", "gguf-f16")
+    file = tmp_path / "out" / "out-F16.gguf"
+    again = load_model(file)
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+                "max_position_embeddings", "rms_norm_eps", "sliding_window", "vocab_size"):  # fmt: skip
+        assert getattr(again.config, key) == getattr(model.config, key), key
+    assert again.config.rope_parameters["rope_theta"] == 123.0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(parameter.half())
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    # enum llama_ftype of llama.h
+    assert open_gguf(file).fields["general.file_type"].contents() == 1
+    export_checkpoint(tmp_path / "src", tmp_path / "q4", "gguf-q4_0", requantize=True)
+    assert open_gguf(tmp_path / "q4" / "q4-Q4_0.gguf").fields["general.file_type"].contents() == 2
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Do as you like."
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [(lambda s: s.pop("model.norm.weight"), "the tensor model.norm.weight is missing"),
+     (lambda s: s.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}), "1 tensors have no place"),
+     (lambda s: s["lm_head.weight"].__setitem__((0, 0), 1e6), "do not fit torch.float16")],
+)  # fmt: skip
+def test_tensors_that_make_no_file(sources, tmp_path, change, says):
+    shutil.copytree(sources / "dense", tmp_path / "src")
+    stored = load_file(tmp_path / "src" / "model.safetensors")
+    change(stored)
+    save_file(stored, tmp_path / "src" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=says):
+        export_checkpoint(tmp_path / "src", tmp_path / "out", "gguf-f16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_types_without_a_spec_are_decoded(sources, tmp_path):
     convert = tmp_path / "k.gguf"
     export_checkpoint(sources / "q8_0", tmp_path / "out", "gguf-q8_0")
     reader = open_gguf(tmp_path / "out" / "out-Q8_0.gguf")
-    writer = gguf.GGUFWriter(convert, "llama")
+    kind, changed = gguf.GGMLQuantizationType.Q5_0, {}
+    for tensor in reader.tensors:
+        if "ffn_up" in tensor.name:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            changed[tensor.name] = (gguf.quantize(values, kind), kind)
+    rewritten(reader, convert, changed)
+    opened = open_checkpoint(convert)
+    assert opened.decoded == ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    assert opened.info("model.layers.0.mlp.up_proj.weight") == (torch.float32, (96, 64))
+    dense = load_model(convert_gguf(convert, tmp_path / "dense"))
+    torch.testing.assert_close(load_model(convert)(IDS).logits, dense(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, halves", [("Q4_K", (0, 2)), ("Q6_K", (208,)), ("Q2_K", (80, 82))])
+def test_k_quants_are_decoded_as_the_gguf_package_does(tmp_path, kind, halves):
+    """Their blocks of 256, random bytes but for the scales in half precision; each row and column as it lies."""
+    stored = gguf.GGMLQuantizationType[kind]
+    model = unusual(intermediate_size=256)
+    save_model(model, tmp_path / "src")
+    add_tokenizer(tmp_path / "src")
+    export_checkpoint(tmp_path / "src", tmp_path / "out", "gguf-f16")
+    reader = open_gguf(tmp_path / "out" / "out-F16.gguf")
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (64, gguf.GGML_QUANT_SIZES[stored][1]), dtype=np.uint8)
+    for at in halves:
+        blocks[:, at : at + 2] = rng.random((64, 1)).astype(np.float16).view(np.uint8)
+    file = rewritten(reader, tmp_path / "k.gguf", {"blk.0.ffn_down.weight": (blocks, stored)})
+    opened = open_checkpoint(file)
+    path = "model.layers.0.mlp.down_proj"
+    assert opened.decoded == [path]
+    theirs = gguf.dequantize(blocks, stored)
+    assert np.array_equal(opened.tensor(f"{path}.weight").numpy(), theirs) and theirs.shape == (64, 256)
+    assert torch.equal(load_model(file).get_submodule(path).weight, torch.from_numpy(theirs))
+    plan = plan_export(file, "gguf-q4_0")
+    assert [s.why for s in plan.steps if s.path == path] == ["its blocks have no spec here"]
+
+
+def rewritten(reader, path, changed):
+    """A copy of a GGUF file with other tensors: name -> (bytes, type)."""
+    writer = gguf.GGUFWriter(path, "llama")
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
             kind = field.types[0]
             inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(name, field.contents(), kind, inner)
     for tensor in reader.tensors:
-        if "ffn_up" in tensor.name:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-            kind = gguf.GGMLQuantizationType.Q5_0
-            writer.add_tensor(tensor.name, gguf.quantize(values, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        data, kind = changed.get(tensor.name, (tensor.data, tensor.tensor_type))
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    opened = open_checkpoint(convert)
-    assert opened.decoded == ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
-    assert opened.info("model.layers.0.mlp.up_proj.weight") == (torch.float32, (96, 64))
-    dense = load_model(convert_gguf(convert, tmp_path / "dense"))
-    torch.testing.assert_close(load_model(convert)(IDS).logits, dense(IDS).logits, rtol=1e-5, atol=1e-5)
+    return path
 
 
 def header(*parts: bytes, tensors: int = 0, keys: int = 0) -> bytes:

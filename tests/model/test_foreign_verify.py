@@ -44,6 +44,8 @@ FOLDERS = {
     "bnb": ("nf4", "bitsandbytes"),
     "bnb-dq": ("nf4-dq", "bitsandbytes"),
     "bnb-int8": ("row8", "bitsandbytes-int8"),
+    "gguf": ("sym", "gguf-q4_0"),
+    "gguf-min": ("asym", "gguf-q4_1"),
 }
 
 
@@ -135,6 +137,22 @@ def state(old: bytes, new: bytes):
         stored[name] = torch.tensor(list(text.replace(old, new)), dtype=torch.uint8)
 
     return tensors(change)
+
+
+def block(kind: str, at: int, data: bytes):
+    """Bytes of one block (row 3, the second of the row) of the module's weight in a GGUF file."""
+
+    def damage(folder: Path) -> None:
+        gguf = pytest.importorskip("gguf")
+        file = next(folder.glob("*.gguf"))
+        stored = next(t for t in gguf.GGUFReader(file).tensors if t.name == "blk.1.ffn_up.weight")
+        size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+        offset = int(stored.data_offset) + (3 * 2 + 1) * size + at
+        raw = bytearray(file.read_bytes())
+        raw[offset : offset + len(data)] = data
+        file.write_bytes(raw)
+
+    return damage
 
 
 def cut(folder: Path) -> None:
@@ -244,6 +262,44 @@ DAMAGE = {
         "2 blocks",
         None,
     ),
+    "a norm is lost": (
+        "ct",
+        tensors(lambda s: s["model.norm.weight"].zero_()),
+        False,
+        "is all zeros",
+        "model.norm",
+    ),
+    "a norm is missing": (
+        "awq",
+        tensors(lambda s: s.pop("model.norm.weight")),
+        False,
+        "has it, the folder does not",
+        "model.norm",
+    ),
+    "a block too many": (
+        "ours",
+        tensors(lambda s: s.update({"model.layers.1.mlp.gate.weight": torch.ones(4, 64)})),
+        False,
+        "the model of config.json does not",
+        "model.layers.1.mlp.gate",
+    ),
+    "a kept weight of integers": (
+        "gptq",
+        tensors(lambda s: s.update({"lm_head.weight": s["lm_head.weight"].mul(100).to(torch.int8)})),
+        False,
+        "is torch.int8, expected floats",
+        "lm_head",
+    ),
+    "a block's scale is NaN": ("gguf", block("Q4_0", 0, b"\x00\x7e"), False, "1 scales are NaN", PATH),
+    "a block's bytes are lost": ("gguf", block("Q4_0", 2, bytes(16)), False, "codes are the same", PATH),
+    "a block of minimums is lost": (
+        "gguf-min",
+        block("Q4_1", 4, bytes(16)),
+        False,
+        "codes are the same",
+        PATH,
+    ),
+    "a block's exponent": ("gguf-min", block("Q4_1", 0, b"\x00\x7b"), False, "times the median", PATH),
     "scales of another size": (
         "ours",
         put("scales", slice(None), lambda s: s * 1.5),
@@ -256,6 +312,14 @@ DAMAGE = {
         replace("qweight", nibbles),
         True,
         "differs from the source",
+        PATH,
+    ),
+    # far below what rounding to 8 bits may do, and far above what it did elsewhere
+    "rows a little too large": (
+        "bnb-int8",
+        put("SCB", slice(0, 4), lambda s: s * 1.15),
+        True,
+        "of the others",
         PATH,
     ),
     "two modules exchanged": ("gptq", swap("qweight", "scales"), True, "differs from the source", PATH),
@@ -290,3 +354,26 @@ def test_damage_is_found_and_its_module_named(good, tmp_path, case):
         assert {f.module for f in found.findings} <= allowed, [str(f) for f in found.findings]
     if needs_source:
         assert examine(folder).healthy, "this damage shows only against the source"
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda s: s.update({"lm_head.weight": torch.ones(32, 64)}), "is [64, 64], in the source [32, 64]"),
+    (lambda s: s.pop(f"{PATH}.weight"), "the source has no such weight"),
+    (lambda s: s.update({f"{PATH}.weight": torch.ones(64, 64)}), "is [128, 64], in the source [64, 64]"),
+])  # fmt: skip
+def test_a_source_of_another_model_is_noticed(good, tmp_path, change, says):
+    shutil.copytree(good / "source", tmp_path / "source")
+    tensors(change)(tmp_path / "source")
+    found = examine(good / "gptq", tmp_path / "source")
+    module = "lm_head" if "32" in says else PATH
+    assert [str(f) for f in found.findings] == [f"{module}: {says}"]
+
+
+def test_every_module_is_as_far_from_another_source(good, tmp_path):
+    """All errors alike: none stands out, so it is the bound of the format that finds them."""
+    shutil.copytree(good / "source", tmp_path / "source")
+    tensors(lambda s: [t.mul_(-1) for n, t in s.items() if ".layers." in n and t.ndim == 2])(
+        tmp_path / "source"
+    )
+    found = examine(good / "gptq", tmp_path / "source").findings
+    assert len(found) == 14 and all("differs from the source" in f.what for f in found)

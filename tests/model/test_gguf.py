@@ -201,10 +201,14 @@ def test_shards(tmp_path):
     assert MistralForCausalLM.from_pretrained(out).config.num_hidden_layers == 2
 
 
-def test_the_window_is_the_callers_to_say(tmp_path):
+def test_the_window_is_the_files_or_the_callers_to_say(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", tiny_llama())
-    out = convert_gguf(path, tmp_path / "out", sliding_window=7)
-    assert json.loads((out / "config.json").read_text())["sliding_window"] == 7
+    stated = write_gguf(tmp_path / "w.gguf", tiny_llama(), keys={"attention.sliding_window": 7})
+    for name, file, said in (("a", path, 7), ("b", stated, None), ("c", stated, 7)):
+        out = convert_gguf(file, tmp_path / name, sliding_window=said)
+        assert json.loads((out / "config.json").read_text())["sliding_window"] == 7
+    with pytest.raises(GGUFError, match="sliding_window is 7, but sliding_window=5 was asked for"):
+        convert_gguf(stated, tmp_path / "out", sliding_window=5)
 
 
 def vector(n: int) -> np.ndarray:
@@ -215,6 +219,12 @@ FAULTS = {
     "architecture": ({"arch": "qwen2"}, r"expected general.architecture 'llama', got 'qwen2'"),
     "rope scaling": ({"keys": {"rope.scaling.type": "yarn"}}, r"rope.scaling.type = 'yarn'"),
     "unknown key": ({"keys": {"attention.clamp_kqv": 3}}, r"no place for: llama.attention.clamp_kqv"),
+    "no window": ({"keys": {"attention.sliding_window": 0}}, r"window is 0, expected a number of positions"),
+    "window of text": ({"keys": {"attention.sliding_window": "7"}}, r"sliding_window is '7', expected"),
+    "windows by turns": (
+        {"keys": {"attention.sliding_window": 7, "attention.sliding_window_pattern": 2}},
+        r"no place for: llama.attention.sliding_window_pattern",
+    ),
     "experts": ({"keys": {"expert_count": 8}}, r"mixture of experts"),
     "missing key": ({"keys": {"block_count": None}}, r"llama.block_count is missing"),
     "other value width": ({"keys": {"attention.value_length": 8}}, r"value_length to be the head's width 16"),

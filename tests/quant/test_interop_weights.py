@@ -14,6 +14,7 @@ from brise.quant.gptq import GPTQOptions
 from brise.quant.interop.awq import AWQWeight
 from brise.quant.interop.bitsandbytes import STATE, Bits4Weight, Int8Weight, decode4, read_state
 from brise.quant.interop.compressed_tensors import PackedWeight
+from brise.quant.interop.ggml import BLOCKS
 from brise.quant.interop.gptq import GPTQWeight
 from brise.quant.interop.restate import Unfit, check_restate, restate
 from brise.quant.tensor import Params, QuantizedTensor, groups_per_row
@@ -173,6 +174,9 @@ def test_an_absmax_gives_a_half_precision_scale_back(seed):
     assert torch.allclose(stored, q.tensors["scales"].flatten(), rtol=2**-23, atol=0)
 
 
+STATE_OF_4 = '"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [4, 64]'
+
+
 @pytest.mark.parametrize(
     "text, says",
     [
@@ -182,6 +186,15 @@ def test_an_absmax_gives_a_half_precision_scale_back(seed):
         ('{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [4, -64]}', "not read"),
         ('{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [4, 1e9]}', "not read"),
         (" " * 20000, "few bytes"),
+        (
+            f'{{{STATE_OF_4}, "nested_blocksize": 128, "nested_dtype": "float32", "nested_offset": 0.1}}',
+            "not read",
+        ),
+        (
+            f'{{{STATE_OF_4}, "nested_blocksize": 256, "nested_dtype": "float16", "nested_offset": 0.1}}',
+            "not read",
+        ),
+        (f'{{{STATE_OF_4}, "nested_offset": 0.1}}', "must have"),
     ],
 )
 def test_a_quant_state_that_makes_no_sense_is_refused(text, says):
@@ -222,6 +235,74 @@ def test_rounded_scales_are_measured():
     huge = QuantizedTensor(exact, q.shape, {**q.tensors, "scales": scales * 1e30})
     with pytest.raises(Unfit, match="does not fit float16"):
         check_restate(huge, dataclasses.replace(exact, scale_dtype="float16"))
+
+
+PLAIN = QuantSpec(format="int4", group_size=32)
+ORDERED = {"algorithm": "gptq", "options": ACT_ORDER}
+
+
+def spec(**changes) -> QuantSpec:
+    return dataclasses.replace(PLAIN, **changes)
+
+
+@pytest.mark.parametrize(
+    "writer, asked, shape, why",
+    [
+        (GPTQWeight(2), spec(), (12, 64), "12 output channels of 4 bits"),
+        (GPTQWeight(1), spec(format="int3"), (32, 96 + 16), "112 input channels of 3 bits"),
+        (GPTQWeight(2), spec(format="nf4"), (32, 64), "not nf4"),
+        (AWQWeight(), spec(), (12, 64), "12 output channels do not fill words of 8"),
+        (AWQWeight(), spec(format="int8"), (8, 64), "4 bits, not int8"),
+        (AWQWeight(), spec(**ORDERED), (8, 64), "no neighbouring channels"),
+        (Bits4Weight(), spec(format="nf4", group_size=16), (4, 64), "4096, not 16"),
+        (Bits4Weight(), spec(format="nf4", group_size=None), (4, 96), "4096, not 96"),
+        (Bits4Weight(), spec(format="fp4", **ORDERED), (4, 64), "no neighbouring channels"),
+        (Bits4Weight(), spec(), (4, 64), "nf4 and fp4, not int4"),
+        (Int8Weight(), spec(format="nf4"), (4, 64), "holds integers"),
+        (Int8Weight(), spec(format="int8"), (4, 64), "one scale a row"),
+        (PackedWeight(), spec(format="nf4"), (4, 64), "holds integers"),
+        (PackedWeight(), spec(**ORDERED), (4, 64), "no longer reads a g_idx"),
+        (BLOCKS["Q4_0"], spec(format="int8"), (4, 64), "more values than Q4_0"),
+        (BLOCKS["Q8_0"], spec(format="nf4"), (4, 64), "holds integers"),
+        (BLOCKS["Q8_0"], spec(group_size=None), (4, 48), "no multiple of Q8_0's block of 32"),
+        (BLOCKS["Q4_0"], spec(**ORDERED), (4, 64), "no neighbouring channels"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_said(writer, asked, shape, why):
+    with pytest.raises(Unfit, match=why):
+        writer.target(asked, shape)
+
+
+@pytest.mark.parametrize(
+    "writer, asked, stored",
+    [
+        (GPTQWeight(1), spec(format="int3", double_quant=True), {"format": "int3", "scale_dtype": "float16"}),
+        (GPTQWeight(2), spec(scale_dtype="float32", **ORDERED), {"scale_dtype": "float16", **ORDERED}),
+        (AWQWeight(), spec(format="int3", double_quant=True), {"symmetric": False}),
+        (AWQWeight(), spec(scale="absmax_narrow"), {"symmetric": False, "scale": "absmax"}),
+        (PackedWeight("bfloat16"), spec(format="int3"), {"scale_dtype": "bfloat16"}),
+        (PackedWeight("float32"), spec(format="int2", double_quant=True), {"scale_dtype": "float32"}),
+        (PackedWeight("float32"), spec(format="int8"), {"format": "int8", "scale_dtype": "float32"}),
+        (Bits4Weight(), spec(format="nf4", double_quant=True), {"format": "nf4", "double_quant": True,
+                                                               "scale_dtype": "float32"}),
+        (Int8Weight(), spec(group_size=64), {"format": "int8", "group_size": None, "scale_dtype": "float32"}),
+        (BLOCKS["Q4_0"], spec(format="int2", double_quant=True), {}),
+        (BLOCKS["Q8_0"], spec(), {"format": "int8"}),
+        (BLOCKS["Q4_1"], spec(symmetric=False), {"format": "int4_min", "symmetric": False}),
+    ],
+)  # fmt: skip
+def test_what_a_weight_becomes(writer, asked, stored):
+    assert writer.target(asked, (32, 64)) == spec(**stored)
+
+
+def test_int8_of_another_layout_is_refused():
+    stored = Int8Weight().write(made(spec(format="int8", group_size=None, scale_dtype="float32"), 4, 32))
+    asked = Int8Weight().target(spec(format="int8", group_size=None), (4, 32))
+    for layout in (1, 2):
+        with pytest.raises(ValueError, match=f"weight_format is {layout}"):
+            Int8Weight().read(
+                {**stored, "weight_format": torch.tensor(layout, dtype=torch.uint8)}, asked, (4, 32)
+            )
 
 
 def test_an_order_of_channels_cannot_be_dropped():
