@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
-from brise.model.checkpoint import CheckpointError, load_model, save_model
+from brise.model.checkpoint import CheckpointError, load_model, load_tokenizer, save_model
 from brise.model.foreign.export import export_checkpoint, plan_export
 from brise.model.foreign.plan import Verdict
 from brise.model.foreign.reader import open_checkpoint
