@@ -38,7 +38,9 @@ _FLAGS = {
 # sums in one order and with the roundings that are written down
 _ALWAYS = ("-O3", "-ffp-contract=off", "-fPIC")
 _BITS = (2, 4, 8)
-_DOES_NOT_LOAD = "does not load"
+# what a library lacks is told at once, where the system can; not in the middle of a product
+_NOW = getattr(os, "RTLD_NOW", ctypes.DEFAULT_MODE)
+_DOES_NOT_LOAD = "cannot be built, or does not load"
 _aside: list[bool] = []
 # of activations and decoded weights, by their numbers there
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -54,16 +56,19 @@ def processor() -> str:
 @lru_cache(maxsize=4)
 def library(kind: str | None = None) -> ctypes.CDLL | None:
     """The compiled library for a ``kind`` of processor (by default this one's), or None without one."""
-    flags = _FLAGS.get(kind or processor())
-    if flags is None or os.environ.get("BRISE_NATIVE") == "0":
+    kinds = list(_FLAGS)
+    wanted = kind or processor()
+    if wanted not in kinds or os.environ.get("BRISE_NATIVE") == "0":
         return None
     named = os.environ.get("CC")
-    for compiler in [named] if named else ["gcc", "clang", "cc"]:
-        # without OpenMP where its functions are not there: one thread then, and still the faster way
-        for threads in (("-fopenmp",), ()):
-            built = _built(compiler, (*_ALWAYS, *flags, *threads))
-            if built is not None:
-                return built
+    # an older compiler may not know the newest instructions
+    for flags in [_FLAGS[wanted]] if kind else [_FLAGS[k] for k in kinds[kinds.index(wanted) :]]:
+        for compiler in [named] if named else ["gcc", "clang", "cc"]:
+            # without OpenMP where its functions are not there: one thread then, and still the faster way
+            for threads in (("-fopenmp",), ()):
+                built = _built(compiler, (*_ALWAYS, *flags, *threads))
+                if built is not None:
+                    return built
     return None
 
 
@@ -110,10 +115,15 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
         if known == _DOES_NOT_LOAD:
             return None
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != known:
-            _build(program, flags, path)
+            try:
+                _build(program, flags, path)
+            except subprocess.CalledProcessError:
+                record.parent.mkdir(parents=True, exist_ok=True)
+                record.write_text(_DOES_NOT_LOAD)
+                return None
             record.write_text(hashlib.sha256(path.read_bytes()).hexdigest())
         try:
-            found = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+            found = ctypes.CDLL(str(path), mode=_NOW)
         except OSError:  # the next process need not try
             record.write_text(_DOES_NOT_LOAD)
     except (OSError, subprocess.SubprocessError):
