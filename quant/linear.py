@@ -104,8 +104,10 @@ class QuantLinear(_Quantized, nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.register_parameter("weight", None)
-        own = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
-        self.register_parameter("bias", own)
+        # a parameter stays the one it is, with what transformers notes on it: else it would be made anew there
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=bias.requires_grad)
+        self.register_parameter("bias", bias)
         self.batch_invariant = False
         self.tied = False
         self.layout = "portable"

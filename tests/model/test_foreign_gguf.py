@@ -107,7 +107,6 @@ def test_a_file_is_quantized_again_from_what_it_decodes_to(sources, tmp_path):
         expected = rtn(theirs.get_submodule(path).weight.detach(), PRESETS["int4-g32-all"].rules[0].spec)
         for name, tensor in expected.tensors.items():
             assert torch.equal(made.tensor(f"{path}.{name}"), tensor), path
-    # the tokenizer lies in the file, and comes out of it
     ours, of_file = load_tokenizer(tmp_path / "q"), load_tokenizer(file)
     assert ours("the wind")["input_ids"] == of_file("the wind")["input_ids"]
 

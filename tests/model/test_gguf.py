@@ -234,7 +234,10 @@ FAULTS = {
     "bias": ({"extra": {"blk.0.attn_q.bias": vector(64)}}, r"no place in a Mistral.*attn_q.bias"),
     "shape": ({"extra": {"output_norm.weight": vector(32)}}, r"output_norm.weight: expected shape \(64,\)"),
     "no tokens": ({"tokenizer": {"tokens": []}}, r"holds no tokenizer"),
-    "sentencepiece": ({"tokenizer": {"model": "llama"}}, r"expected a byte-pair tokenizer .* got 'llama'"),
+    "sentencepiece": (
+        {"tokenizer": {"model": "llama"}},
+        r"expected a score and a type of each of the 29 tokens",
+    ),
     "pre-tokenizer": ({"tokenizer": {"pre": "qwen2"}}, r"'gpt-2' or 'smollm' .* got 'qwen2'"),
     "no pre-tokenizer": ({"tokenizer": {"pre": None}}, r"'gpt-2' or 'smollm' .* got None"),
     "merge": ({"tokenizer": {"merges": ["a b c"]}}, r"two pieces in every merge, got 'a b c'"),

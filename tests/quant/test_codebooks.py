@@ -46,7 +46,12 @@ def assert_equals_bitsandbytes(w: Tensor, format: str, block: int, double_quant:
     for dtype in DTYPES:
         state.dtype = dtype
         expected = functional.dequantize_4bit(packed, state)
-        assert torch.equal(raw(q.dequantize(dtype)), raw(expected)), f"dequantized to {dtype}"
+        ours = q.dequantize(dtype)
+        if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+            # where the processor rounds to bf16 itself, bitsandbytes lets it, and it takes the subnormal for zero
+            small = (q.dequantize(torch.float32).abs() < torch.finfo(dtype).tiny) & (expected == 0)
+            ours = torch.where(small, ours * 0, ours)
+        assert torch.equal(raw(ours), raw(expected)), f"dequantized to {dtype}"
 
 
 def midpoints(format: str) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from brise.kernels import native
 from brise.quant import dequantize, double_quant, nf4, packing, refine, tensor
 from brise.quant import gptq as gptq_module
 from brise.quant.config import QuantSpec
@@ -106,6 +107,7 @@ no_fault = codebook_encode(lambda w, s, m: torch.bucketize(w * (1 / s), m))
 def one_value_is_off(patch: Patch) -> None:
     values = list(FORMATS["fp4"].values)  # type: ignore[attr-defined]
     values[6] = 0.1667
+    patch.setattr(native, "active", lambda: None)  # the compiled code has the table of kernels/
     patch.setitem(FORMATS, "fp4", dataclasses.replace(FORMATS["fp4"], values=tuple(values)))  # type: ignore[type-var]
 
 

@@ -51,7 +51,7 @@ def test_presets_that_are_promised():
     assert body is not None
     assert (body.format, body.algorithm, body.group_size, body.scale_dtype) == ("nf4", "gptq", 64, "float32")
     for name, config in PRESETS.items():
-        assert config.needs_calibration == name.startswith("gptq-")
+        assert config.needs_calibration == name.startswith(("gptq-", "classic-gptq-"))
         assert any(rule.matches("lm_head") for rule in config.rules) == name.endswith("-all")
         for path in (
             "model.layers.0.self_attn.q_proj",
