@@ -1,4 +1,4 @@
-"""The compiled part of the CPU's products: ``native.c``, built by the C compiler of the machine on first use.
+"""The compiled part of the CPU's products: ``native.c`` and its headers, built on first use by the C compiler there is.
 
 A codebook of 16 values fits one vector register, so a look-up is one instruction; torch has no operator for it, and
 what it takes to imitate one (:mod:`.cpu`) costs ten times as much. As with Triton's launchers, a compiler is needed
@@ -29,6 +29,8 @@ from .cache_folder import cache_root
 from .reference import Weight
 
 SOURCE = Path(__file__).with_suffix(".c")
+# all that a library is made of
+SOURCES = (SOURCE, *(SOURCE.with_name(f"native_{part}.h") for part in ("vectors", "products", "step")))
 # what the compiler may use, by what torch finds on this processor
 _FLAGS = {
     "AVX512_BF16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"),
@@ -104,8 +106,8 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     program = shutil.which(compiler)
     if program is None:
         return None
-    source = SOURCE.read_bytes()
-    digest = hashlib.sha256(b"\0".join([source, program.encode(), *map(str.encode, flags)])).hexdigest()
+    sources = [path.read_bytes() for path in SOURCES]
+    digest = hashlib.sha256(b"\0".join([*sources, program.encode(), *map(str.encode, flags)])).hexdigest()
     path = cache_root() / "native" / f"{digest[:24]}.so"
     # what the file must be: to load a damaged one can end the process
     record = path.with_suffix(".sha256")
@@ -135,9 +137,9 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     found.brise_decode.argtypes = [pointer] * 5 + [size] * 3 + [ctypes.c_int] * 2
     found.brise_dense.argtypes = [pointer] * 3 + [size] * 3
     found.brise_rms_norm.argtypes = [pointer] * 5 + [size] * 2 + [ctypes.c_double]
-    found.brise_rms_norm.restype = found.brise_dense.restype = found.brise_matmul.restype = (
-        found.brise_decode.restype
-    ) = None
+    found.brise_step.argtypes, found.brise_step_sizes.argtypes = [pointer], [pointer] * 2
+    for name in ("rms_norm", "dense", "matmul", "decode", "step", "step_sizes"):
+        getattr(found, f"brise_{name}").restype = None
     return found
 
 

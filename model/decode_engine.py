@@ -141,6 +141,7 @@ class DecodeEngine:
             device=device,
             int8=int8_cache,
         )
+        self.whole = model.whole.step is not None and not int8_cache
         self.lean = self.model.lean and not int8_cache and not model.invariant
         self.states = RowStates(rows, self.model.vocab, ends, device)
         self.out = torch.full((rows, max(BLOCK, drafts + 1)), RESTING, dtype=torch.int64, device=device)
@@ -261,11 +262,14 @@ class DecodeEngine:
         at = first.clamp(min=0)[:, None] + torch.arange(width, device=tokens.device)
         turn = self.model.turn(at)
         attend: Attention
-        if self.lean:
+        if self.whole:
+            hidden = self.model.advance(tokens, cache, turn, first)
+        elif self.lean:
             attend = LeanAttention(cache, self.model.heads, turn, first)
+            hidden = self.model.hidden(tokens, attend, chunk=False)
         else:
             attend = StepAttention(cache, self.model.heads, turn, first, self.model.invariant)
-        hidden = self.model.hidden(tokens, attend, chunk=False)
+            hidden = self.model.hidden(tokens, attend, chunk=False)
         return self.model.logits(hidden.flatten(0, 1), chunk=False).view(batch, width, -1)
 
     @torch.inference_mode()

@@ -17,6 +17,8 @@ from .decode_attend import Attention, Heads
 from .fused_linears import Projection, project
 from .mistral import MistralForCausalLM
 from .rope import CosSin, head_dim_of
+from .static_cache import StaticRollingCache
+from .whole_step import WholeStep
 
 # types whose angles depend on how long the text has become, so that no step is like the one before
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -42,10 +44,11 @@ class DecodeModel:
             afterwards needs a new DecodeModel.
         rows: that are multiplied at once in a decode step.
         invariant: no row of a step depends, in any bit, on the others.
-        repack: on a CPU, copy dense fp32 weights into the layout that is fastest there.
+        repack: on a CPU, copy dense fp32 weights into the layout that is fastest there, and scales into fp32.
 
     Attributes:
         separate: path of a block's layers -> why they could not be fused.
+        whole: the compiled step, or why there is none.
         repacked_bytes: of the weights that are there a second time.
 
     Raises:
@@ -81,7 +84,8 @@ class DecodeModel:
         # where operators are so small that calling them is what costs, they are called directly
         self.lean = self.device.type == "cpu"
         self.separate: dict[str, str] = {}
-        self.repacked_bytes = 0
+        self.whole = WholeStep(model, self.heads, rows, repack)
+        self.repacked_bytes = self.whole.extra_bytes
         options = {
             "rows": 1 if invariant else rows,
             "dtype": self.dtype,
@@ -137,6 +141,10 @@ class DecodeModel:
             h, x = self._norm(x, w.mlp_norm, w.o(context.flatten(0, 1)))
             branch = w.down(self._gated(w.gate_up(h)))
         return (x if branch is None else x + branch).view(batch, length, width)
+
+    def advance(self, tokens: Tensor, cache: StaticRollingCache, turn: CosSin, first: Tensor) -> Tensor:
+        """As :meth:`hidden`, by the compiled step: tokens int64 [B, T] of texts, which the cache has counted."""
+        return self.whole(self._embed(tokens), cache, turn, first)
 
     def logits(self, hidden: Tensor, *, chunk: bool) -> Tensor:
         """hidden [R, D] -> [R, vocab]."""

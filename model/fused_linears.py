@@ -17,8 +17,11 @@ from ..quant.formats import IMPORTED
 from ..quant.fuse import fuse, why_not
 from ..quant.linear import QuantLinear
 
-# rows from which on oneDNN's blocked weights win over the compiled product (measured, AVX-512, 49152 x 576: 19 against
-# 13 GB/s at 8 rows, 21 each at one; torch's own product with weights as they are stored: 5 and 11)
+# rows up to which the compiled product, which reads weights as they are stored, wins over oneDNN's, which reads a copy
+# in blocks (measured, AVX-512, two threads, 3072 x 576: 0.41 against 0.54 ms at 8 rows, 0.70 and 0.82 at 16, 1.14 and
+# 0.92 at 32; torch's own product with weights as they are stored: 0.92, 0.90, 1.26)
+FEW_ROWS = 16
+# rows from which on a copy in blocks wins over a transposed one, where nothing can be compiled
 _BLOCKED_ROWS = 2
 
 
@@ -102,7 +105,7 @@ def _dense(layers: list[nn.Linear], rows: int, repack: bool) -> tuple[Projection
 def _fp32_steps(whole: Tensor, rows: int, repack: bool) -> Projection | None:
     """What is faster for ``rows`` rows on a CPU than torch's product with fp32 weights as they are stored."""
     library = native.active()
-    if rows < _BLOCKED_ROWS and library is not None and whole.shape[1] % library.brise_lanes() == 0:
+    if rows <= FEW_ROWS and library is not None and whole.shape[1] % library.brise_lanes() == 0:
         return Projection(lambda x: native.dense(x, whole, library))
     if not repack:
         return None

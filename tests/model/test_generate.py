@@ -12,6 +12,7 @@ from brise.model.generate import Generator, Request, RequestError, generate
 from brise.model.mistral import MistralForCausalLM
 from brise.model.sampling import Sampling
 from brise.model.speculative import DraftModel, PromptLookup
+from brise.model.whole_step import WholeStep
 from brise.quant.apply import quantize_model
 from brise.quant.presets import PRESETS
 
@@ -163,21 +164,26 @@ def relative(got, wanted):
     return float((got - wanted).norm() / wanted.norm())
 
 
-def test_the_lean_way_and_the_ops_agree(models, monkeypatch):
+def test_the_compiled_step_the_lean_way_and_the_ops_agree(models, monkeypatch):
     _, ours, ids, mask, wanted = models
     used = []
-    for kind in (LeanAttention, StepAttention):
+    ways = {WholeStep: "whole", LeanAttention: "lean", StepAttention: None}
+    for kind in ways:
         call = kind.__call__
         monkeypatch.setattr(
-            kind, "__call__", lambda s, i, x, call=call: (used.append(type(s)), call(s, i, x))[1]
+            kind, "__call__", lambda s, *args, call=call: (used.append(type(s)), call(s, *args))[1]
         )
-    for lean in (True, False):
+    for kind, way in ways.items():
         generator = Generator(ours, batch_size=4)
-        generator._engine_for(64).lean = lean
+        engine = generator._engine_for(64)
+        if kind is WholeStep and not engine.whole:
+            assert "no compiled code" in engine.model.whole.refused, "the model is one that it takes"
+            continue
+        engine.whole, engine.lean = way == "whole", way == "lean"
         used.clear()
         prompts = [[t for t, m in zip(row, kept) if m] for row, kept in zip(ids.tolist(), mask.tolist())]
         assert [c.tokens for c in generator.complete([Request(p, NEW) for p in prompts])] == wanted
-        assert set(used) == {LeanAttention if lean else StepAttention}
+        assert set(used) == {kind}
 
 
 def test_memory_stays_what_it_is_however_long_the_text():

@@ -1,0 +1,232 @@
+"""A whole decode step on a CPU as one call of the compiled code: all blocks of the model for the newest tokens.
+
+Between the operators of a step the memory stands idle, and at batch 1 reading the weights is all the time that a step
+has to take; see ``native_step.h``, whose structs are laid out here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .reference import Weight
+
+_FLOATS = ctypes.c_void_p
+_SCRATCH = ("qkv", "context", "gate_up", "gated", "branch", "parts", "own")
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [(name, _FLOATS) for name in ("codes", "scale", "zero", "values")] + [
+        (name, ctypes.c_int64) for name in ("n", "k", "groups", "bits")
+    ]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        ("attention_norm", _FLOATS),
+        ("mlp_norm", _FLOATS),
+        *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("keys", _FLOATS),
+        ("values", _FLOATS),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        ("blocks", ctypes.POINTER(_Block)),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "threads", "layers", "texts", "tokens", "width", "heads", "groups", "head", "inner", "slots", "window",
+            )
+        ),
+        ("eps", ctypes.c_double),
+        ("scale", ctypes.c_double),
+        *((name, _FLOATS) for name in ("cos", "sin", "first", "seen", "x", *_SCRATCH)),
+    ]  # fmt: skip
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in _SCRATCH]
+
+
+@dataclass(frozen=True)
+class StepWeight:
+    """A weight [N, K] as the step reads it: dense fp32, or codes with fp32 scales (and zero points) [N, G].
+
+    ``extra_bytes`` are those of what could not be shared with the weight it was made of.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    codes: Tensor
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    values: Tensor | None = None
+    extra_bytes: int = 0
+
+    @classmethod
+    def of(cls, weight: Tensor | Weight, library: ctypes.CDLL) -> StepWeight | None:
+        """``weight`` made ready; None where the compiled code does not take it."""
+        lanes = library.brise_lanes()
+        if isinstance(weight, Tensor):
+            dense = weight.dtype == torch.float32 and weight.is_contiguous() and weight.is_cpu
+            if not dense or weight.shape[1] % lanes:
+                return None
+            return cls((weight.shape[0], weight.shape[1]), 32, weight)
+        (n, k), fmt = weight.shape, weight.format
+        if weight.g_idx is not None or not weight.qweight.is_cpu or k % lanes:
+            return None
+        if not native.takes(fmt, k, weight.groups, library):
+            return None
+        codes, (scale, zero) = weight.qweight.contiguous(), native.parameters(weight)
+        made = (
+            zero,
+            *(
+                a
+                for a, b in ((codes, weight.qweight), (scale, weight.scales))
+                if a.data_ptr() != b.data_ptr()
+            ),
+        )
+        return cls(
+            (n, k),
+            reference.BITS[fmt],
+            codes,
+            scale,
+            zero,
+            native._values(fmt, zero is not None),
+            sum(t.nbytes for t in made if t is not None),
+        )
+
+
+@dataclass(frozen=True)
+class StepBlock:
+    """One block: norms fp32 [D], and its seven weights."""
+
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    q: StepWeight
+    k: StepWeight
+    v: StepWeight
+    o: StepWeight
+    gate: StepWeight
+    up: StepWeight
+    down: StepWeight
+
+
+class NativeStep:
+    """The blocks of a model, for tokens that follow what a cache holds; fp32, on a CPU.
+
+    A token's result does not depend, in any bit, on the others, nor on how many threads there are.
+
+    Args:
+        blocks: in order; kept alive, as the compiled code reads them.
+        heads, groups, head: query heads, KV heads, and the width of each.
+        scale: of the scores.
+    Raises:
+        ValueError: widths that are not whole vectors of ``library``, or weights that do not fit together.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[StepBlock],
+        heads: int,
+        groups: int,
+        head: int,
+        eps: float,
+        scale: float,
+        library: ctypes.CDLL,
+    ) -> None:
+        self.library, self.blocks = library, list(blocks)
+        width, inner = blocks[0].o.shape[0], blocks[0].gate.shape[0]
+        lanes = library.brise_lanes()
+        if any(size % lanes for size in (width, inner, head)):
+            raise ValueError(
+                f"the compiled step takes widths of whole vectors of {lanes}, got a model of {width}, "
+                f"MLPs of {inner} and heads of {head}"
+            )
+        own, other = (heads * head, width), (groups * head, width)
+        expected = {"q": own, "k": other, "v": other, "o": (width, heads * head)}
+        expected |= {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
+        for i, block in enumerate(blocks):
+            for name, shape in expected.items():
+                if (found := getattr(block, name).shape) != shape:
+                    raise ValueError(f"{name} of block {i} must be {list(shape)}, got {list(found)}")
+        self._array = (_Block * len(blocks))(*map(_block, blocks))
+        self._fixed = {
+            "layers": len(blocks), "width": width, "heads": heads, "groups": groups, "head": head, "inner": inner,
+            "eps": eps, "scale": scale,
+        }  # fmt: skip
+
+    @property
+    def extra_bytes(self) -> int:
+        """Of what was made beside the model's own tensors."""
+        return sum(
+            getattr(block, f.name).extra_bytes
+            for block in self.blocks
+            for f in fields(block)
+            if isinstance(getattr(block, f.name), StepWeight)
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        first: Tensor,
+        seen: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        """The embedded tokens through all blocks; their keys and values go into the rings.
+
+        Args:
+            x: fp32 [B, T, D].
+            keys, values: of each layer, fp32 [B, KV, W, head], contiguous; changed in place.
+            cos, sin: fp32 [B, T, head].
+            first: int32 [B], the position of the first token; -1 where the text rests: nothing is written.
+            seen: int32 [B], positions of each text, these tokens included.
+            window: as in ``decode_attention``.
+        Returns:
+            fp32 [B, T, D], before the last norm; of texts that rest, something of no meaning.
+        """
+        texts, tokens, _ = x.shape
+        out = x.clone(memory_format=torch.contiguous_format)
+        held = {"cos": cos.contiguous(), "sin": sin.contiguous(), "first": first, "seen": seen, "x": out}
+        # a copy of the array, so that two threads of one program may step at once
+        blocks = type(self._array)(*self._array)
+        for block, k, v in zip(blocks, keys, values, strict=True):
+            block.keys, block.values = native._addresses(k, v)
+        step = _Step(
+            blocks=blocks,
+            threads=torch.get_num_threads(), texts=texts, tokens=tokens, slots=keys[0].shape[2], window=window or 0,
+            **self._fixed, **dict(zip(held, native._addresses(*held.values()))),
+        )  # fmt: skip
+        sizes = _Sizes()
+        self.library.brise_step_sizes(ctypes.byref(step), ctypes.byref(sizes))
+        counts = [getattr(sizes, name) for name in _SCRATCH]
+        scratch = torch.empty(sum(counts), dtype=torch.float32)
+        for name, part in zip(_SCRATCH, scratch.split(counts)):
+            setattr(step, name, part.data_ptr())
+        self.library.brise_step(ctypes.byref(step))
+        return out
+
+
+def _linear(w: StepWeight) -> _Linear:
+    addresses = native._addresses(w.codes, w.scale, w.zero, w.values)
+    groups = 1 if w.scale is None else w.scale.shape[1]
+    return _Linear(*addresses, *w.shape, groups, w.bits)
+
+
+def _block(block: StepBlock) -> _Block:
+    parts = {
+        f.name: _linear(part) for f in fields(block) if isinstance(part := getattr(block, f.name), StepWeight)
+    }
+    norms = native._addresses(block.attention_norm, block.mlp_norm)
+    return _Block(attention_norm=norms[0], mlp_norm=norms[1], **parts)
