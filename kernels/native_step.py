@@ -85,14 +85,8 @@ class StepWeight:
         if not native.takes(fmt, k, weight.groups, library):
             return None
         codes, (scale, zero) = weight.qweight.contiguous(), native.parameters(weight)
-        made = (
-            zero,
-            *(
-                a
-                for a, b in ((codes, weight.qweight), (scale, weight.scales))
-                if a.data_ptr() != b.data_ptr()
-            ),
-        )
+        copied = ((codes, weight.qweight), (scale, weight.scales))
+        extra = sum(t.nbytes for t, source in copied if t.data_ptr() != source.data_ptr())
         return cls(
             (n, k),
             reference.BITS[fmt],
@@ -100,7 +94,7 @@ class StepWeight:
             scale,
             zero,
             native._values(fmt, zero is not None),
-            sum(t.nbytes for t in made if t is not None),
+            extra + (0 if zero is None else zero.nbytes),
         )
 
 

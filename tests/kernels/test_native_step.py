@@ -44,7 +44,7 @@ def library(request):
 class Case:
     """A random model: as the step takes it, and as transformers runs it in any precision."""
 
-    def __init__(self, library, spec=None, *, window=None, layers=2, head=32, inner=192, width=128):
+    def __init__(self, library, spec=None, *, window=None, layers=2, head=32, inner=192, width=128, sharp=1):
         torch.manual_seed(11)
         self.config = MistralConfig(
             vocab_size=8, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
@@ -59,6 +59,7 @@ class Case:
                 torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
             for name, path in NAMES.items():
                 layer = block.get_submodule(path)
+                layer.weight.data *= sharp if name in ("q", "k") else 1
                 stored = _stored(layer.weight.detach(), spec)
                 weights[name] = StepWeight.of(stored, library)
                 if spec is not None:
@@ -127,7 +128,8 @@ def test_windows_and_rings_that_wrap(library, window, spare, head):
 
 
 def test_texts_longer_than_a_segment(library):
-    case = Case(library, layers=1)
+    """Segments whose scores are far apart: e^100 and more between them."""
+    case = Case(library, layers=1, sharp=12)
     x = torch.randn(300, 128)
     out = write(case, x, 301, [1] * 300)
     check_budget(out, case.oracle(x, torch.float32), case.oracle(x, torch.float64))
@@ -184,6 +186,13 @@ def test_scores_that_are_infinite_come_out_as_no_number(library):
     write(case, x[:2], 4, [1, 1], rings)
     rings[0][0][0, :, 1] = float("inf")
     assert case.run(x[None, 2:], rings, [2], [3]).isnan().all()
+
+
+def test_a_segment_without_one_number_is_not_passed_over(library):
+    case = Case(library, layers=1)
+    rings = case.rings(1, 200, fill=0.0)
+    rings[0][0][0, :, :128] = float("nan")
+    assert case.run(torch.randn(1, 1, 128), rings, [140], [141]).isnan().all()
 
 
 def test_weights_that_do_not_fit_are_refused():
