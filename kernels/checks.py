@@ -102,7 +102,7 @@ def check_product(
             f"x [..., {k}] and N = {n} ask for {size} contiguous bytes of {fmt} codes in {layout_name}, "
             f"got {qweight.dtype} {list(qweight.shape)}"
         )
-    groups = scales.shape[0]
+    groups = scales.shape[0] if scales.ndim == 2 else 0
     if groups < 1 or k % groups or scales.shape[1] != n or not scales.is_contiguous():
         raise ValueError(
             f"scales in layout {layout_name} must be contiguous [groups, {n}], got {list(scales.shape)}"
