@@ -109,7 +109,14 @@ def _bounds_of(q: Tensor, k: Tensor, bounds: Tensor | None, window: int, causal:
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, window: int, causal: bool, offset: int, *options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor | None,
+    window: int,
+    causal: bool,
+    offset: int,
+    *options: Any,
 ) -> None:
     check_states(q, k, v)
     check_options(window, causal or bounds is not None, *options)

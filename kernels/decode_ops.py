@@ -117,9 +117,7 @@ def check_positions(name: str, t: Tensor, shape: tuple[int, ...], device: torch.
         raise ValueError(f"{name} must be contiguous, got strides {list(t.stride())}")
 
 
-def _check(
-    q, keys, values, seen, start, key_scales, value_scales, window: int | None, scale: float
-) -> None:
+def _check(q, keys, values, seen, start, key_scales, value_scales, window: int | None, scale: float) -> None:
     if q.ndim != 4 or q.shape[1] < 1:
         raise ValueError(f"q must be [B, T, H, D] with T of at least 1, got {list(q.shape)}")
     if q.dtype not in FLOATS:

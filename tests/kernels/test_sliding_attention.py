@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from brise.kernels import attention_blocks, attention_ops, attention_reference
+from brise.kernels import (
+    attention_blocks,
+    attention_checks,
+    attention_ops,
+    attention_reference,
+    tuning_attention,
+)
 from brise.kernels.attention_bounds import key_bounds, query_ranges
 from brise.kernels.attention_ops import sliding_attention
 from brise.kernels.budget import check_budget
@@ -183,6 +189,38 @@ def test_keys_that_are_not_seen_are_not_read():
     torch.testing.assert_close(out, want[:, 28:])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["left", "both"])
+def test_padding_may_hold_anything(impl, name):
+    """Keys that no query of their row sees, beside rows that see all: 0 * NaN would be NaN, backwards as well."""
+    torch.manual_seed(3)
+    (q, k, v), packing = case(name)
+    unseen = ~explicit(q, k, 6, **packing).any(1)[..., None, None]
+    assert unseen.any() and not unseen.all()
+    results = []
+    for hole in (0.0, float("nan")):
+        leaves = [q.clone().requires_grad_()]
+        leaves += [x.masked_fill(unseen, hole).requires_grad_() for x in (k, v)]
+        out = sliding_attention(*leaves, window=6, impl=impl, **packing)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for sound, broken in zip(*results):
+        assert torch.equal(sound, broken)
+
+
+def test_more_query_heads_than_the_narrowest_tile_has_rows_are_no_error(monkeypatch):
+    """By default the kernels are left out; asked for by name they say so themselves."""
+    smallest = min(
+        getattr(c, kernel).bm
+        for c in (tuning_attention.configs(a, d, 2) for a in (80, 90) for d in (64, 96, 128, 256))
+        for kernel in ("forward", "dq", "dkdv")
+    )
+    assert smallest == attention_checks.MAX_GROUPS
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for heads, runs in ((32, True), (33, False)):
+        q, k, _ = states(1, 2, 2, heads, 1, dtype=torch.float16)
+        assert attention_checks.runs_triton("auto", q, k) is runs
+
+
 def test_strided_inputs_and_a_last_stride_that_is_not_one():
     q, k, v = states(2, 12, 12)
     want = sliding_attention(q, k, v, window=5)
@@ -329,7 +367,20 @@ MISTAKES = [
         r"bounds must be int32 \[2 or 1, 2, 6\], got torch.float32",
     ),
     ({"bounds": torch.zeros(2, 6, 2, dtype=torch.int32)}, ValueError, r"got \[2, 6, 2\]"),
+    (
+        {"bounds": _ints(*[0, 9, 9, 9, 9, 10] * 2, dtype=torch.int32).view(1, 2, 6)},
+        ValueError,
+        r"0 .. 9, got \[\[\[0",
+    ),
+    ({"bounds": torch.full((1, 2, 6), -1, dtype=torch.int32)}, ValueError, "bounds must lie in 0 .. 9"),
     ({"impl": "triton"}, ValueError, "needs a GPU tensor"),
+    # nothing that is given is passed over
+    ({"starts": [0, 5]}, TypeError, r"starts must be an integer tensor, got list \[0, 5\]"),
+    ({"lengths": 4}, TypeError, "lengths must be an integer tensor, got int 4"),
+    ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens must be an integer tensor, got list"),
+    ({"offset": 3.0}, TypeError, "offset must be an int or an integer tensor .*, got float 3.0"),
+    ({"offset": True}, TypeError, "got bool True"),
+    ({"offset": 1 << 30}, ValueError, "offset must lie within 1073741823 of 0, got 1073741824"),
 ]
 PACKED_MISTAKES = [
     ({"cu_seqlens": _ints(0, 5)}, r"cu_seqlens must rise from 0 to the 6 queries, got \[0, 5\]"),
