@@ -17,8 +17,15 @@ _SCORES = 1 << 22
 _QUERIES = 8
 
 
-def _blocks(bounds: Tensor, batch: int, heads: int) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """(queries, keys, mask) of each block that sees anything; the mask [B, 1, queries, 1, keys], None for all."""
+_Block = tuple[slice, slice, Tensor | None, Tensor | None]
+
+
+def _blocks(bounds: Tensor, batch: int, heads: int) -> Iterator[_Block]:
+    """(queries, keys, mask, hidden) of each block that sees anything.
+
+    The mask [B, 1, queries, 1, keys] is None where all is seen; hidden [B, 1, keys, 1] are the keys that no query of
+    their row sees, beside those of other rows, None where there is no such: padding may hold anything, NaN too.
+    """
     lo, hi = bounds[:, 0], bounds[:, 1]
     rows = lo.shape[1]
     widest = int((hi - lo).max()) if rows and lo.shape[0] else 0
@@ -35,17 +42,20 @@ def _blocks(bounds: Tensor, batch: int, heads: int) -> Iterator[tuple[slice, sli
         if last <= first:
             continue
         queries, keys = slice(start, min(start + count, rows)), slice(first, last)
-        mask = None
+        mask = hidden = None
         if last_lo > first or least_hi < last:
             key = torch.arange(first, last, device=bounds.device, dtype=bounds.dtype)
             seen = (key >= lo[:, queries, None]) & (key < hi[:, queries, None])
             mask = seen[:, None, :, None]
-        yield queries, keys, mask
+            if lo.shape[0] > 1:
+                hidden = ~seen.any(1)[:, None, :, None]
+        yield queries, keys, mask, hidden
 
 
-def _wide(x: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
-    """x [B, N, KV, D] -> [B, KV, part, D] in ``dtype``."""
-    return x[:, part].transpose(1, 2).to(dtype)
+def _wide(x: Tensor, part: slice, hidden: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [B, N, KV, D] -> [B, KV, part, D] in ``dtype``, hidden keys as zeros."""
+    x = x[:, part].transpose(1, 2).to(dtype)
+    return x if hidden is None else x.masked_fill(hidden, 0)
 
 
 def _rows(x: Tensor, part: slice, kv: int, dtype: torch.dtype) -> Tensor:
@@ -74,11 +84,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float) -> tu
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
-    for queries, keys, mask in _blocks(bounds, batch, heads):
-        scores = _scores(_rows(q, queries, kv, wide), _wide(k, keys, wide), mask, heads // kv, scale)
+    for queries, keys, mask, hidden in _blocks(bounds, batch, heads):
+        keyed, valued = (_wide(x, keys, hidden, wide) for x in (k, v))
+        scores = _scores(_rows(q, queries, kv, wide), keyed, mask, heads // kv, scale)
         top = torch.logsumexp(scores, dim=-1, keepdim=True)
         weights = scores.sub_(torch.where(top == float("-inf"), 0.0, top)).exp_()
-        out[:, queries] = _unrows(torch.matmul(weights, _wide(v, keys, wide)), heads // kv).to(q.dtype)
+        out[:, queries] = _unrows(torch.matmul(weights, valued), heads // kv).to(q.dtype)
         lse[:, queries] = _unrows(top, heads // kv)[..., 0]
     return out, lse
 
@@ -100,8 +111,9 @@ def backward(
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.zeros(k.shape, dtype=wide, device=q.device)
     dv = torch.zeros(v.shape, dtype=wide, device=q.device)
-    for queries, keys, mask in _blocks(bounds, q.shape[0], heads):
-        rows, keyed, valued = _rows(q, queries, kv, wide), _wide(k, keys, wide), _wide(v, keys, wide)
+    for queries, keys, mask, hidden in _blocks(bounds, q.shape[0], heads):
+        rows = _rows(q, queries, kv, wide)
+        keyed, valued = (_wide(x, keys, hidden, wide) for x in (k, v))
         top = _rows(lse[..., None], queries, kv, wide)
         weights = _scores(rows, keyed, mask, groups, scale)
         weights = weights.sub_(torch.where(top == float("-inf"), 0.0, top)).exp_()

@@ -10,6 +10,7 @@ from torch import Tensor
 from .checks import FLOATS, has_triton, same_device
 
 MAX_HEAD_DIM = 256  # of the Triton kernels
+MAX_GROUPS = 32  # query heads a KV head: the rows of their narrowest tile
 _MOST = 2**31 - 1
 
 
@@ -53,14 +54,26 @@ def check_options(window: int, causal: bool, scale: float, impl: str) -> None:
         raise ValueError(f"impl must be auto, reference or triton, got {impl!r}")
 
 
+def check_offset(offset: int) -> None:
+    """The kernels add it to positions in 32 bits."""
+    if abs(offset) > _MOST // 2:
+        raise ValueError(f"offset must lie within {_MOST // 2} of 0, got {offset}")
+
+
 def check_bounds(bounds: Tensor, q: Tensor) -> None:
-    """int32 [B or 1, 2, S], contiguous. That 0 <= lo and hi <= T is asked of their maker: see key_bounds."""
+    """int32 [B or 1, 2, S]. Whether they lie in 0 .. T is asked where they are given: see check_ends_of_bounds."""
     expected = f"[{q.shape[0]} or 1, 2, {q.shape[1]}]"
     if bounds.dtype != torch.int32:
         raise TypeError(f"bounds must be int32 {expected}, got {bounds.dtype} {list(bounds.shape)}")
     if bounds.ndim != 3 or bounds.shape[0] not in (1, q.shape[0]) or bounds.shape[1:] != (2, q.shape[1]):
         raise ValueError(f"bounds must be int32 {expected}, got {list(bounds.shape)}")
     same_device(q, bounds, "bounds")
+
+
+def check_ends_of_bounds(bounds: Tensor, keys: int) -> None:
+    """What a caller made himself must not lead beyond the keys."""
+    right = ((bounds >= 0) & (bounds <= keys)).all()
+    _hold(right, f"bounds must lie in 0 .. {keys}", bounds)
 
 
 def check_window(window: int | None) -> int:
@@ -78,8 +91,14 @@ def check_sequences(q: Tensor, keys: int, given: dict[str, Tensor | int | None])
     """starts, lengths and offset [B], or cu_seqlens and cu_seqlens_k [sequences + 1], as integers."""
     packed = given.get("cu_seqlens")
     for name, x in given.items():
-        if not isinstance(x, Tensor):
+        if x is None:
             continue
+        if name == "offset" and isinstance(x, int | torch.SymInt) and not isinstance(x, bool):
+            check_offset(x)
+            continue
+        if not isinstance(x, Tensor):
+            kind = "an int or an integer tensor [batch]" if name == "offset" else "an integer tensor"
+            raise TypeError(f"{name} must be {kind}, got {type(x).__name__} {x!r}")
         if x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
         same_device(q, x, name)
@@ -132,17 +151,18 @@ def _hold(right: Tensor, message: str, values: Tensor) -> None:
     if torch.compiler.is_compiling() or values.device.type != "cpu":
         torch._assert_async(right, message)
     elif not bool(right):
-        shown = values.tolist() if values.numel() <= 16 else f"{values[:16].tolist()} and more"
+        shown = values.tolist() if values.numel() <= 16 else f"{values.flatten()[:16].tolist()} and more"
         raise ValueError(f"{message}, got {shown}")
 
 
-def runs_triton(impl: str, q: Tensor) -> bool:
+def runs_triton(impl: str, q: Tensor, k: Tensor) -> bool:
     """Whether the Triton kernels are to run; says why where they were asked for and cannot."""
     if impl == "reference":
         return False
     half = q.dtype in (torch.float16, torch.bfloat16)
     if impl == "auto":
-        return q.is_cuda and half and q.shape[3] <= MAX_HEAD_DIM and has_triton()
+        fits = q.shape[3] <= MAX_HEAD_DIM and q.shape[2] <= MAX_GROUPS * k.shape[2]
+        return q.is_cuda and half and fits and has_triton()
     if not has_triton():
         raise ValueError("impl='triton' needs triton: pip install triton")
     if not q.is_cuda:

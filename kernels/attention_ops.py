@@ -15,6 +15,8 @@ from . import attention_reference as reference
 from .attention_bounds import key_bounds
 from .attention_checks import (
     check_bounds,
+    check_ends_of_bounds,
+    check_offset,
     check_options,
     check_sequences,
     check_states,
@@ -81,10 +83,13 @@ def sliding_attention(
     check_options(width, causal or bounds is not None, _scale(q, scale), impl)
     check_sequences(q, k.shape[1], given)
     shift = k.shape[1] - q.shape[1]
-    if isinstance(offset, int):
+    if offset is not None and not isinstance(offset, Tensor):
         shift = offset
     if bounds is None and any(isinstance(value, Tensor) for value in used.values()):
         bounds = key_bounds(q.shape[1], k.shape[1], device=q.device, window=window, causal=causal, **given)  # type: ignore[arg-type]
+    elif bounds is not None:
+        check_bounds(bounds, q)
+        check_ends_of_bounds(bounds, k.shape[1])
     if bounds is not None:
         width, causal, shift = 0, False, 0
     op = torch.ops.brise.sliding_attention
@@ -103,9 +108,19 @@ def _bounds_of(q: Tensor, k: Tensor, bounds: Tensor | None, window: int, causal:
     )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, *options: Any) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor | None,
+    window: int,
+    causal: bool,
+    offset: int,
+    *options: Any,
+) -> None:
     check_states(q, k, v)
-    check_options(*options)
+    check_options(window, causal or bounds is not None, *options)
+    check_offset(offset)
     if bounds is not None:
         check_bounds(bounds, q)
 
@@ -130,8 +145,8 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """out [B, S, H, D] and lse [B, S, H]; window 0 is none."""
-    _check(q, k, v, bounds, window, causal or bounds is not None, scale, impl)
-    if runs_triton(impl, q):
+    _check(q, k, v, bounds, window, causal, offset, scale, impl)
+    if runs_triton(impl, q, k):
         from . import attention_launch as launch
 
         seen = None if bounds is None else bounds.contiguous()
@@ -161,8 +176,8 @@ def _backward(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(q, k, v, bounds, window, causal or bounds is not None, scale, impl)
-    if runs_triton(impl, q):
+    _check(q, k, v, bounds, window, causal, offset, scale, impl)
+    if runs_triton(impl, q, k):
         from . import attention_launch as launch
 
         seen = None if bounds is None else bounds.contiguous()

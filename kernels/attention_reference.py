@@ -62,6 +62,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tu
         [B, S, H, D] in q's dtype, 0 for a query that sees no key; log of the softmax's denominator [B, S, H],
         -inf for such a one, fp32 (fp64 for fp64 inputs). The softmax is taken in that dtype too.
     """
+    k, v = _seen_by_some(k, seen), _seen_by_some(v, seen)
     weights, lse = _weights(q, k, seen, scale)
     groups = q.shape[2] // k.shape[2]
     out = torch.einsum("bhst,bthd->bshd", weights.to(v.dtype), v.repeat_interleave(groups, dim=2))
@@ -72,6 +73,7 @@ def attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attention` to q, k and v, worked out by hand (custom ops record none)."""
+    k, v = _seen_by_some(k, seen), _seen_by_some(v, seen)
     groups = q.shape[2] // k.shape[2]
     weights, _ = _weights(q, k, seen, scale)
     dweights = torch.einsum("bshd,bthd->bhst", dout, v.repeat_interleave(groups, dim=2)).to(weights.dtype)
@@ -84,6 +86,11 @@ def attention_backward(
     dv = torch.einsum("bhst,bshd->bthd", weights.to(v.dtype), dout)
     heads = (k.shape[2], groups)
     return dq, dk.unflatten(2, heads).sum(3), dv.unflatten(2, heads).sum(3)
+
+
+def _seen_by_some(x: Tensor, seen: Tensor) -> Tensor:
+    """x [B, T, KV, D] with zeros where no query looks: what padding holds may be NaN, and 0 * NaN is NaN."""
+    return x.masked_fill(~seen.any(1)[..., None, None], 0)
 
 
 def _weights(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:

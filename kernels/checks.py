@@ -102,7 +102,8 @@ def check_product(
             f"x [..., {k}] and N = {n} ask for {size} contiguous bytes of {fmt} codes in {layout_name}, "
             f"got {qweight.dtype} {list(qweight.shape)}"
         )
-    groups = scales.shape[0]
+    # cpu_int4 keeps pairs of scale and offset
+    groups = scales.shape[0] if scales.ndim == (3 if layout_name == "cpu_int4" else 2) else 0
     if groups < 1 or k % groups or scales.shape[1] != n or not scales.is_contiguous():
         raise ValueError(
             f"scales in layout {layout_name} must be contiguous [groups, {n}], got {list(scales.shape)}"

@@ -1,5 +1,7 @@
 """The op ``brise::decode_attention``: its checks, its fake, and who computes it."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def decode_attention(
     """
     if q.ndim not in (3, 4):
         raise ValueError(f"q must be [B, H, D] or [B, T, H, D], got {list(q.shape)}")
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
     out = torch.ops.brise.decode_attention(
         q if q.ndim == 4 else q[:, None], keys, values, seen, start, key_scales, value_scales, window, factor,
         impl, batch_invariant,
@@ -115,7 +117,7 @@ def check_positions(name: str, t: Tensor, shape: tuple[int, ...], device: torch.
         raise ValueError(f"{name} must be contiguous, got strides {list(t.stride())}")
 
 
-def _check(q, keys, values, seen, start, key_scales, value_scales, window: int | None) -> None:
+def _check(q, keys, values, seen, start, key_scales, value_scales, window: int | None, scale: float) -> None:
     if q.ndim != 4 or q.shape[1] < 1:
         raise ValueError(f"q must be [B, T, H, D] with T of at least 1, got {list(q.shape)}")
     if q.dtype not in FLOATS:
@@ -128,6 +130,8 @@ def _check(q, keys, values, seen, start, key_scales, value_scales, window: int |
     check_positions("seen", seen, (batch,), q.device)
     if start is not None:
         check_positions("start", start, (batch,), q.device)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, or None for all that the ring holds, got {window}")
     if window is not None and window + queries - 1 > slots:
@@ -151,7 +155,7 @@ def _decode(
     impl: str,
     batch_invariant: bool,
 ) -> Tensor:
-    _check(q, keys, values, seen, start, key_scales, value_scales, window)
+    _check(q, keys, values, seen, start, key_scales, value_scales, window, scale)
     if impl not in ("auto", "reference", "triton"):
         raise ValueError(f"impl must be auto, reference or triton, got {impl!r}")
     arguments = (q, keys, values, seen, start, key_scales, value_scales, window, scale)
@@ -177,5 +181,5 @@ def _decode(
 
 @_decode.register_fake
 def _(q, keys, values, seen, start, key_scales, value_scales, window, scale, impl, batch_invariant):
-    _check(q, keys, values, seen, start, key_scales, value_scales, window)
+    _check(q, keys, values, seen, start, key_scales, value_scales, window, scale)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)

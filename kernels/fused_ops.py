@@ -1,5 +1,7 @@
 """The ops ``brise::rms_norm``, ``add_rms_norm``, ``swiglu``, ``rope_cache_write``: checks, fakes, gradients, choice."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -98,6 +100,8 @@ def _check_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> No
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, impl: str) -> tuple[Tensor, Tensor]:
     _check_impl(impl)
     _check_norm(x, weight, residual)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and at least 0, got {eps}")
     if weight.dtype != torch.float64 and uses_triton(impl, x):
         from . import fused
 

@@ -14,17 +14,23 @@ def quantize_tokens_kernel(
     row = tl.program_id(0).to(tl.int64)
     ks = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)
+    broken = tl.zeros((BLOCK,), tl.int32)
     for k0 in range(0, K, BLOCK):
         at = (k0 + ks).to(tl.int64)
         x = tl.load(x_ptr + row * sxm + at * sxk, mask=at < K, other=0).to(tl.float32)
         if OUTLIERS:
             x = tl.where(tl.load(outlier_ptr + at, mask=at < K, other=0) != 0, 0.0, x)
         largest = tl.maximum(largest, tl.abs(x))
+        broken = tl.maximum(broken, (x != x).to(tl.int32))
     absmax = tl.max(largest, 0)
+    # a maximum may pass over nan, which must not come back as a number
+    absmax = tl.where(tl.max(broken, 0) > 0, float("nan"), absmax)
     # rounded to nearest like the oracle's: the fast division would send a tie to the other integer
     top = tl.full((1,), 127.0, tl.float32)
     absmax = tl.full((1,), 0.0, tl.float32) + absmax
-    inverse = tl.where(absmax > 0, tl.div_rn(top, absmax), 0.0)
+    # below 2^-120 the reciprocal times 127 may be no finite number: such a token counts as zero
+    tiny = absmax < 7.52316384526264e-37
+    inverse = tl.where(tiny, 0.0, tl.div_rn(top, tl.where(tiny, 1.0, absmax)))
     tl.store(scale_ptr + row + tl.arange(0, 1), tl.div_rn(absmax, top))
     for k0 in range(0, K, BLOCK):
         at = (k0 + ks).to(tl.int64)

@@ -101,7 +101,8 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x [M, K] -> (int8 [M, K], fp32 scale [M]); q = round(x * 127 / absmax), ties to even."""
     absmax = x.abs().amax(dim=-1).float()
     # a division of tensors: torch computes number / tensor as a product with the reciprocal, one rounding more
-    inverse = torch.where(absmax > 0, absmax.new_tensor(127.0) / absmax, 0.0)
+    # below 2^-120 the quotient may be no finite number: such a token counts as zero
+    inverse = torch.where(absmax >= 2.0**-120, absmax.new_tensor(127.0) / absmax, 0.0)
     return (x.float() * inverse[:, None]).round_().to(torch.int8), absmax / 127.0
 
 

@@ -210,12 +210,18 @@ def brise_attention_forward(
                 )
             window = None
     packed: dict[str, Any] = {}
-    if bounds is None and causal and q.shape[0] == 1 and q.shape[1] > 1:
-        if cu_seq_lens_q is not None:
-            packed = {"cu_seqlens": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}
-        elif position_ids is not None and position_ids.shape == (1, k.shape[1]) and q.shape[1] == k.shape[1]:
-            packed = {"bounds": _bounds_of_positions(position_ids, window)}
-            window = window if packed["bounds"] is None else None
+    if bounds is None and q.shape[1] > 1 and cu_seq_lens_q is not None:
+        # in a batch of several rows they are refused below
+        packed = {"cu_seqlens": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}
+    elif (
+        bounds is None
+        and causal
+        and position_ids is not None
+        and q.shape[1] > 1
+        and (tuple(q.shape[:2]) == tuple(position_ids.shape) == (1, k.shape[1]))
+    ):
+        packed = {"bounds": _bounds_of_positions(position_ids, window)}
+        window = window if packed["bounds"] is None else None
     if bounds is not None:
         packed, window = {"bounds": bounds}, None
     if q.shape[1] == 1 and k.shape[1] and not (torch.is_grad_enabled() and _needs_grad(query, key, value)):

@@ -73,6 +73,12 @@ class _Quantized(nn.Module):
         return f"{list(self.shape)}, {s.format}, {group}, {'' if s.symmetric else 'asymmetric, '}{s.algorithm}{dq}"
 
 
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    """Asked outside the trace: inside, torch 2.11 answers True under ``torch.compile`` as well."""
+    return torch.compiler.is_exporting()
+
+
 class QuantLinear(_Quantized, nn.Linear):
     """y = x W^T + b with a quantized W [out_features, in_features]; a drop-in for nn.Linear in the forward pass.
 
@@ -136,7 +142,7 @@ class QuantLinear(_Quantized, nn.Linear):
             return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.compiler.is_exporting():
+        if _exporting():
             if x.dtype not in self._prepared:
                 raise RuntimeError(
                     f"call prepare({x.dtype}) on every QuantLinear before the model is exported"

@@ -283,6 +283,9 @@ def test_bad_input_is_refused_with_its_values():
     refuse("a window of 7 and 3 queries need 9 slots", q=torch.randn(2, 3, 4, 16), window=7)
     refuse("q is on cpu, keys on meta", keys=ring.to("meta"))
     refuse("q is on cpu, seen on meta", seen=torch.tensor([3, 9], device="meta"))
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        refuse(f"scale must be positive and finite, got {scale}", scale=scale)
+    refuse(r"got q \[2, 1, 4, 0\]", q=torch.randn(2, 4, 0), keys=ring[..., :0], values=ring[..., :0])
     refuse("impl must be", impl="fast")
     refuse("needs a GPU tensor", impl="triton")
     wide = torch.zeros(2, 2, 8, 512)

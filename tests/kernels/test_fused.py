@@ -247,6 +247,8 @@ def test_bad_input_is_refused_with_its_values():
     refuse(r"residual must be like x.*\[2, 6\], got .*\[6\]", ops.rms_norm, x, w, 1e-5, x[0])
     refuse("got torch.float16", ops.rms_norm, x, w, 1e-5, x.half())
     refuse("floating point.*int64", ops.rms_norm, x.long(), w, 1e-5, error=TypeError)
+    for eps in (-1e-5, float("nan"), float("inf")):
+        refuse(f"eps must be finite and at least 0, got {eps}", ops.rms_norm, x, w, eps)
     refuse("x is on cpu, weight on meta", ops.rms_norm, x, w.to("meta"), 1e-5)
     refuse("impl must be", ops.rms_norm, x, w, 1e-5, impl="fast")
     refuse("needs a GPU tensor", ops.rms_norm, x, w, 1e-5, impl="triton")

@@ -236,6 +236,12 @@ def test_int8_dynamic_rounds_tokens_and_spares_outliers(impl):
     zero = torch.zeros(2, 64)
     assert not ops.int8_dynamic_matmul(zero, w, impl=impl).any()
     assert ops.int8_dynamic_matmul(zero[:0], w, impl=impl).shape == (0, 30)
+    # whose reciprocal times 127 is no number, and what is none itself
+    odd = torch.randn(4, 64)
+    odd[0] *= 1e-39
+    odd[1, 3], odd[2, 5] = float("nan"), float("inf")
+    out = ops.int8_dynamic_matmul(odd, w, impl=impl)
+    assert not out[0].any() and not out[1:3].isfinite().any() and out[3].isfinite().all()
 
 
 def refuse(match, error=ValueError, **changes):
@@ -261,6 +267,12 @@ def test_bad_input_is_refused_with_its_values():
     refuse(r"impl must be", impl="fast")
     refuse(r"layout must be one of", layout="tile")
     refuse(r"contiguous bytes of int4", layout="tiles")
+    refuse(
+        r"contiguous \[groups, 20\], got \[20\]",
+        layout="tiles",
+        qweight=torch.zeros(1024, dtype=torch.uint8),
+        scales=torch.ones(20),
+    )
     refuse(r"impl='triton' reads layout tiles", impl="triton")
     refuse(r"x is on cpu, qweight on meta", qweight=torch.zeros(20, 32, dtype=torch.uint8, device="meta"))
 

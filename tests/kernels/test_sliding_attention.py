@@ -183,6 +183,24 @@ def test_keys_that_are_not_seen_are_not_read():
     torch.testing.assert_close(out, want[:, 28:])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["left", "both"])
+def test_padding_may_hold_anything(impl, name):
+    """Keys that no query of their row sees, beside rows that see all: 0 * NaN would be NaN, backwards as well."""
+    torch.manual_seed(3)
+    (q, k, v), packing = case(name)
+    unseen = ~explicit(q, k, 6, **packing).any(1)[..., None, None]
+    assert unseen.any() and not unseen.all()
+    results = []
+    for hole in (0.0, float("nan")):
+        leaves = [q.clone().requires_grad_()]
+        leaves += [x.masked_fill(unseen, hole).requires_grad_() for x in (k, v)]
+        out = sliding_attention(*leaves, window=6, impl=impl, **packing)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for sound, broken in zip(*results):
+        assert torch.equal(sound, broken)
+
+
 def test_strided_inputs_and_a_last_stride_that_is_not_one():
     q, k, v = states(2, 12, 12)
     want = sliding_attention(q, k, v, window=5)
@@ -274,87 +292,6 @@ def test_compiles_into_one_graph():
             torch.testing.assert_close(one, right)
     with pytest.raises(RuntimeError, match=r"starts must lie in 0 .. 7"):
         compiled(q, k, v, torch.tensor([0, 8]))
-
-
-def _meta(shape):
-    return torch.empty(shape, device="meta")
-
-
-def _ints(*values, dtype=torch.int64):
-    return torch.tensor(values, dtype=dtype)
-
-
-MISTAKES = [
-    (
-        {"q": torch.randn(6, 4, 8)},
-        ValueError,
-        r"q must be \[batch, positions, heads, head_dim\], got \[6, 4, 8\]",
-    ),
-    ({"q": torch.ones(2, 6, 4, 8).int()}, TypeError, "got torch.int32"),
-    ({"k": torch.randn(2, 9, 2, 8).half()}, TypeError, "q is torch.float32, k is torch.float16"),
-    ({"v": torch.randn(2, 8, 2, 8)}, ValueError, r"\[2, 9, 2, 8\] and \[2, 8, 2, 8\]"),
-    (
-        {"q": torch.randn(3, 6, 4, 8)},
-        ValueError,
-        r"batch and head_dim, got \[3, 6, 4, 8\] and \[2, 9, 2, 8\]",
-    ),
-    ({"q": torch.randn(2, 6, 4, 16)}, ValueError, "batch and head_dim"),
-    ({"q": torch.randn(2, 6, 5, 8)}, ValueError, "a multiple of k's, got 5 and 2"),
-    ({"q": torch.randn(2, 6, 0, 8)}, ValueError, "got 0 and 2"),
-    ({"k": _meta((2, 9, 2, 8))}, ValueError, "q is on cpu, k on meta"),
-    ({"window": 0}, ValueError, "window must be at least 1 .*, got 0"),
-    ({"window": -3}, ValueError, "got -3"),
-    ({"window": 2.0}, TypeError, "window must be an int or None, got float 2.0"),
-    ({"window": True}, TypeError, "got bool True"),
-    ({"window": 4, "causal": False}, ValueError, "window of 4 counts back .* needs causal=True"),
-    ({"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
-    ({"scale": float("nan")}, ValueError, "got nan"),
-    ({"impl": "cuda"}, ValueError, "got 'cuda'"),
-    ({"starts": _ints(0, 10)}, ValueError, r"starts must lie in 0 .. 9, got \[0, 10\]"),
-    ({"starts": _ints(0)}, ValueError, r"starts must be \[2\], one a sequence, got \[1\]"),
-    ({"starts": torch.zeros(2)}, TypeError, "starts must be int32 or int64, got torch.float32"),
-    (
-        {"starts": _ints(3, 0), "lengths": _ints(7, 9)},
-        ValueError,
-        r"starts \+ lengths at most 9, got \[7, 9\]",
-    ),
-    ({"lengths": _ints(-1, 4)}, ValueError, r"got \[-1, 4\]"),
-    ({"starts": _meta(2).long()}, ValueError, "meta"),
-    ({"cu_seqlens": _ints(0, 6)}, ValueError, "a batch of 2: flatten it"),
-    ({"cu_seqlens_k": _ints(0, 6)}, ValueError, "cu_seqlens_k needs cu_seqlens"),
-    ({"bounds": torch.zeros(2, 2, 6, dtype=torch.int32), "window": 3}, ValueError, "leave out window"),
-    (
-        {"bounds": torch.zeros(2, 2, 6)},
-        TypeError,
-        r"bounds must be int32 \[2 or 1, 2, 6\], got torch.float32",
-    ),
-    ({"bounds": torch.zeros(2, 6, 2, dtype=torch.int32)}, ValueError, r"got \[2, 6, 2\]"),
-    ({"impl": "triton"}, ValueError, "needs a GPU tensor"),
-]
-PACKED_MISTAKES = [
-    ({"cu_seqlens": _ints(0, 5)}, r"cu_seqlens must rise from 0 to the 6 queries, got \[0, 5\]"),
-    ({"cu_seqlens": _ints(1, 6)}, r"got \[1, 6\]"),
-    ({"cu_seqlens": _ints(0, 4, 3, 6)}, r"got \[0, 4, 3, 6\]"),
-    ({"cu_seqlens": _ints(0, 6)}, "0 to the 9 keys .* give cu_seqlens_k"),
-    ({"cu_seqlens": _ints(0, 6), "cu_seqlens_k": _ints(0, 3, 9)}, "2 entries, cu_seqlens_k 3"),
-    ({"cu_seqlens": _ints(0, 6).view(1, 2)}, r"cu_seqlens must be \[sequences \+ 1\], got \[1, 2\]"),
-    ({"cu_seqlens": _ints(0, 6), "starts": _ints(0)}, "leave out starts"),
-    ({"cu_seqlens": _ints(0, 6), "offset": 3}, "leave out offset"),
-]
-
-
-@pytest.mark.parametrize("change,error,says", MISTAKES)
-def test_mistakes_are_refused(change, error, says):
-    q, k, v = states(2, 6, 9)
-    with pytest.raises(error, match=says):
-        sliding_attention(**({"q": q, "k": k, "v": v} | change))
-
-
-@pytest.mark.parametrize("change,says", PACKED_MISTAKES)
-def test_mistakes_of_packing_are_refused(change, says):
-    q, k, v = states(1, 6, 9)
-    with pytest.raises(ValueError, match=says):
-        sliding_attention(q, k, v, **change)
 
 
 def test_needs_no_triton():

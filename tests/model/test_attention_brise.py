@@ -221,6 +221,19 @@ def test_packed_texts_do_not_see_each_other(kind: str, how: str) -> None:
     assert not torch.allclose(alone, expected, atol=1e-2), "the test would see no difference"
 
 
+def test_packed_texts_that_look_both_ways() -> None:
+    _, ours = built()
+    q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    ends = torch.tensor([0, 5, 9], dtype=torch.int32)
+
+    def run(part: slice, **packing: Any) -> Tensor:
+        states = (x[:, :, part] for x in (q, k, v))
+        return attention_brise.brise_attention_forward(ours, *states, None, is_causal=False, **packing)[0]
+
+    alone = torch.cat((run(slice(0, 5)), run(slice(5, 9))), 1)
+    close(run(slice(0, 9), cu_seq_lens_q=ends, cu_seq_lens_k=ends), alone)
+
+
 def test_positions_are_read_anew_when_they_changed() -> None:
     """The layers share what was read off one tensor: another one, or a change in place, is read again."""
     _, ours = built()
@@ -360,5 +373,11 @@ def test_what_it_does_not_do_is_refused() -> None:
     for option in ({"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"output_attentions": True}):
         with pytest.raises(ValueError, match=f"has no {next(iter(option))}"):
             attention_brise.brise_attention_forward(ours, x, x, x, None, **option)
+    ends = torch.tensor([0, 4])
+    two = torch.zeros(2, 2, 4, 8)
+    with pytest.raises(ValueError, match="a batch of 2: flatten it"):
+        attention_brise.brise_attention_forward(
+            ours, two, two, two, None, cu_seq_lens_q=ends, cu_seq_lens_k=ends
+        )
     with pytest.raises(ValueError, match="in both directions"):
         attention_brise.brise_attention_forward(ours, x, x, x, None, sliding_window=2, is_causal=False)

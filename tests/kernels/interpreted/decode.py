@@ -154,6 +154,8 @@ if __name__ == "__main__":
         check((20, 90, 131), 4, 2, 16, 90, dtype, window=70, start=(3, 0, 110), int8=True)
         check((300,), 2, 1, 80, 200, dtype, window=170)
         check((130, 17), 2, 1, 32, 160, dtype, window=100, queries=3, start=(0, 15))
+        # the first split holds a key that the first of three queries sees alone
+        check((165, 17), 2, 1, 32, 170, dtype, window=100, queries=3)
     check((10, 64, 129), 1, 1, 16, 64, torch.float16)
     check((70,), 17, 1, 96, 64, torch.float16)
     check((70, 3), 2, 2, 128, 100, torch.float16, int8=True)

@@ -82,6 +82,16 @@ def check_int8_dynamic():
                 torch.testing.assert_close(out.float(), want, rtol=eps, atol=1e-5)
 
 
+def check_odd_tokens():
+    """A token of zeros, one whose reciprocal is no number, and what is not finite: the last must stay so."""
+    w = ops.pack_weight(weight("int8", 40, 96, 96), "int8", (40, 96), torch.float32, layout_name="portable")
+    x = torch.randn(5, 96)
+    x[0], x[1] = 0, x[1] * 1e-39
+    x[2, 7], x[3, 90] = float("nan"), float("inf")
+    out = ops.int8_dynamic_matmul(x, w, impl="triton")
+    assert not out[:2].any() and out[4].isfinite().all() and not out[2:4].isfinite().any()
+
+
 def check_far():
     """Rows of x more than 2^31 elements apart, in a sparse file of which only the pages that are read exist."""
     far, k = 2**31 + 64, 128
@@ -128,5 +138,6 @@ if __name__ == "__main__":
     check("int4", 30, 128, 64, 0, torch.float16)
     check_split()
     check_int8_dynamic()
+    check_odd_tokens()
     check_far()
     print("interpreted matmul kernels: all within budget")
