@@ -61,6 +61,7 @@ def read_lines(text: str, tokenizer: Any, defaults: Defaults) -> list[Line]:
             data = json.loads(raw, object_pairs_hook=_object, parse_constant=_no_constant)
             if not isinstance(data, dict):
                 raise RequestError(f"expected an object with a prompt, got {raw.strip()[:60]}")
+            json.dumps(data.get("id"), allow_nan=False)  # 1e999 is read as infinite, and could not be written
             name = data.get("id")
             lines.append(Line(index, name, _request(data, index, tokenizer, defaults)))
         except (RequestError, ValueError, TypeError) as error:
@@ -109,6 +110,9 @@ def _request(data: Mapping[str, Any], index: int, tokenizer: Any, defaults: Defa
 class Journal:
     """Results by index, each on the disk when :meth:`add` returns. One run at a time.
 
+    Attributes:
+        fresh: no run before this one left anything.
+
     Raises:
         BatchError: another run is writing it, or it belongs to one with other prompts or settings.
     """
@@ -151,7 +155,8 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]
         self._file.truncate(len(whole))
         lines = whole.splitlines()
-        if not lines:
+        self.fresh = not lines
+        if self.fresh:
             self._write({"fingerprint": fingerprint})
             return
         try:
@@ -200,13 +205,15 @@ def continue_file(
     part = target.with_name(target.name + ".part")
     if target.exists() and os.path.samefile(source, target):
         raise BatchError(f"{target} is the file of the prompts; choose another output")
-    if target.exists() and not part.exists() and not overwrite:
-        raise BatchError(f"{target} exists; choose another output, or allow overwriting")
     text = source.read_text(encoding="utf-8-sig")  # some editors put a mark before the first line
     settings = json.dumps([text, repr(defaults), dict(identity or {})], sort_keys=True, default=str)
     journal = Journal(part, hashlib.sha256(settings.encode()).hexdigest())
     finished = False
     try:
+        # looked at under the journal's lock: another run may have ended since this one began
+        if journal.fresh and target.exists() and not overwrite:
+            finished = True
+            raise BatchError(f"{target} exists; choose another output, or allow overwriting")
         lines = read_lines(text, generator.tokenizer, defaults)
         _continue_lines(generator, lines, journal, progress or (lambda *_: None))
         done = [journal.results[line.index] for line in lines]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 
+from torch import Tensor
+
 from .sampling import Sampling
 
 
@@ -101,3 +103,14 @@ class Counts:
     def acceptance(self) -> float | None:
         """The share of drafts that were right; None where there were none."""
         return self.accepted / self.proposed if self.proposed else None
+
+
+def token_rows(ids: Tensor | Sequence[Sequence[int]], name: str) -> list[list[int]]:
+    """A tensor [B, T], or a list of rows of any lengths, as lists; ``name`` is for the error."""
+    if isinstance(ids, Tensor):
+        if ids.ndim != 2:
+            raise RequestError(f"{name} must be [B, T], a row for each prompt, got {list(ids.shape)}")
+        return ids.tolist()
+    if not all(isinstance(row, Sequence) for row in ids):
+        raise RequestError(f"{name} must be a list of prompts, each a list of token ids")
+    return [list(row) for row in ids]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 Decode = Callable[[list[int]], str]
 _HALF = "\N{REPLACEMENT CHARACTER}"
-# tokens that one character can take, and some: what still ends in half a character behind so many will not end otherwise
+# more tokens than a character takes: what ends in half a character after so many is none
 _PATIENCE = 16
 
 

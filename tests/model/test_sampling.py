@@ -143,10 +143,19 @@ def test_broken_logits_are_seen_in_their_row(plain):
     "values",
     [
         {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1},
-        {"min_p": 2.0}, {"repetition_penalty": 0.0}, {"seed": 1 << 63},
+        {"min_p": 2.0}, {"repetition_penalty": 0.0}, {"seed": 1 << 63}, {"seed": 1.5}, {"top_k": 2.5},
+        {"top_k": True}, {"temperature": "hot"}, {"min_p": None},
     ],
     ids=str,
 )  # fmt: skip
 def test_a_setting_out_of_range_is_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         Sampling(**values)
+
+
+def test_a_share_of_one_leaves_nothing_out():
+    """Sums of 131072 shares are rounded to 1 before the last of them."""
+    state = SamplerState(1, 1 << 17, torch.device("cpu"))
+    state.begin(0, Sampling(1.0), torch.tensor([1]))
+    logits = 0.3 * torch.randn(1, 1 << 17, generator=torch.Generator().manual_seed(0))
+    assert bool((filtered(logits, state)[0] > 0).all())
