@@ -290,12 +290,11 @@ class Generator:
 
 
 def eos_of(model: nn.Module) -> tuple[int, ...]:
-    """The tokens that end a text, by the model's generation config, or else by its config."""
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
-    return ()
+    """The tokens that end a text: those of the model's generation config, and of nothing else, as for ``generate``."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list | tuple) else (int(found),)
 
 
 def generate(

@@ -346,3 +346,39 @@ def test_a_model_that_was_changed_needs_a_new_generator(change):
     ours.float()
     wanted = ours.generate(torch.tensor([[1, 2]]), max_new_tokens=8, do_sample=False)[:, 2:].tolist()
     assert [c.tokens for c in Generator(ours).complete([Request([1, 2], 8)])] == wanted
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 7, "layer_types": ["full_attention"] * 2},
+        {"sliding_window": 7, "layer_types": ["sliding_attention"] * 2},
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+        {"head_dim": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+        {"tie_word_embeddings": True, "hidden_act": "gelu", "num_key_value_heads": 1},
+    ],
+    ids=str,
+)
+def test_kinds_of_mistral(changes):
+    peer, ours = pair(**changes)
+    ids = torch.randint(1, 61, (2, 20), generator=torch.Generator().manual_seed(0))
+    wanted = peer.generate(ids, max_new_tokens=NEW, do_sample=False)[:, 20:].tolist()
+    assert generate(ours, ids, max_new_tokens=NEW) == wanted
+
+
+@pytest.mark.parametrize("eos", [None, 0, [0, 3]], ids=str)
+def test_what_ends_a_text_is_what_ends_it_for_transformers(models, eos):
+    peer, ours, _, _, wanted = models
+    ours, peer = copy.copy(ours), copy.copy(peer)
+    first = wanted[1]
+    named = None if eos is None else first[3] if eos == 0 else [first[6], first[4]]
+    for model in (ours, peer):
+        model.config = copy.deepcopy(model.config)
+        model.config.eos_token_id = first[2]  # what the generation config is made from, and no more
+        model.generation_config = copy.deepcopy(model.generation_config)
+        model.generation_config.eos_token_id = named
+    ids = torch.tensor([[models[2][1, -1].item()]])
+    theirs = peer.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[:, 1:].tolist()
+    assert generate(ours, ids, max_new_tokens=NEW) == theirs
+    assert (len(theirs[0]) == NEW) == (eos is None)
