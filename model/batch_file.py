@@ -58,14 +58,28 @@ def read_lines(text: str, tokenizer: Any, defaults: Defaults) -> list[Line]:
             continue
         index, name = len(lines), None
         try:
-            data = json.loads(raw)
+            data = json.loads(raw, object_pairs_hook=_object, parse_constant=_no_constant)
             if not isinstance(data, dict):
                 raise RequestError(f"expected an object with a prompt, got {raw.strip()[:60]}")
+            json.dumps(data.get("id"), allow_nan=False)  # 1e999 is read as infinite, and could not be written
             name = data.get("id")
             lines.append(Line(index, name, _request(data, index, tokenizer, defaults)))
         except (RequestError, ValueError, TypeError) as error:
             lines.append(Line(index, name, None, str(error)))
+        except RecursionError:
+            lines.append(Line(index, None, None, "brackets within brackets, too many for a line of JSON"))
     return lines
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise RequestError(f"a key stands there twice: {', '.join(key for key, _ in pairs)}")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise RequestError(f"{name} is no JSON")
 
 
 def _request(data: Mapping[str, Any], index: int, tokenizer: Any, defaults: Defaults) -> Request:
@@ -85,17 +99,19 @@ def _request(data: Mapping[str, Any], index: int, tokenizer: Any, defaults: Defa
     own = {name: data[name] for name in _SAMPLING if name in data}
     sampling = Sampling(**{**vars(defaults.sampling), "seed": defaults.sampling.seed + index, **own})
     stop = data.get("stop", defaults.stop)
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not isinstance(stop, str | list | tuple):
+        raise RequestError(f"stop must be a string or a list of them, got {stop!r}")
     count = data.get("max_new_tokens", defaults.max_new_tokens)
-    if not isinstance(count, int) or not all(isinstance(s, str) and s for s in stop):
-        raise RequestError(
-            f"max_new_tokens must be an integer and stop strings not empty, got {count!r}, {stop!r}"
-        )
-    return Request(tokens, count, sampling, stop)
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise RequestError(f"max_new_tokens must be an integer, got {count!r}")
+    return Request(tokens, count, sampling, (stop,) if isinstance(stop, str) else tuple(stop))
 
 
 class Journal:
     """Results by index, each on the disk when :meth:`add` returns. One run at a time.
+
+    Attributes:
+        fresh: no run before this one left anything.
 
     Raises:
         BatchError: another run is writing it, or it belongs to one with other prompts or settings.
@@ -128,6 +144,9 @@ class Journal:
             raise BatchError(
                 f"another run is writing {self.path}; wait for it, or choose another output"
             ) from None
+        # a run that ended between the opening and the lock has taken the file away
+        if not self.path.exists() or not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+            raise BatchError(f"another run has just finished with {self.path}; look at its output")
 
     def _recover(self, fingerprint: str) -> None:
         """Read what an earlier run has done, and cut off a line that it was killed in."""
@@ -136,7 +155,8 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]
         self._file.truncate(len(whole))
         lines = whole.splitlines()
-        if not lines:
+        self.fresh = not lines
+        if self.fresh:
             self._write({"fingerprint": fingerprint})
             return
         try:
@@ -183,17 +203,21 @@ def continue_file(
     """
     source, target = Path(source), Path(target)
     part = target.with_name(target.name + ".part")
-    if target.exists() and not part.exists() and not overwrite:
-        raise BatchError(f"{target} exists; choose another output, or allow overwriting")
-    text = source.read_text(encoding="utf-8")
+    if target.exists() and os.path.samefile(source, target):
+        raise BatchError(f"{target} is the file of the prompts; choose another output")
+    text = source.read_text(encoding="utf-8-sig")  # some editors put a mark before the first line
     settings = json.dumps([text, repr(defaults), dict(identity or {})], sort_keys=True, default=str)
     journal = Journal(part, hashlib.sha256(settings.encode()).hexdigest())
     finished = False
     try:
+        # looked at under the journal's lock: another run may have ended since this one began
+        if journal.fresh and target.exists() and not overwrite:
+            finished = True
+            raise BatchError(f"{target} exists; choose another output, or allow overwriting")
         lines = read_lines(text, generator.tokenizer, defaults)
         _continue_lines(generator, lines, journal, progress or (lambda *_: None))
         done = [journal.results[line.index] for line in lines]
-        _write_whole(target, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in done))
+        _write_whole(target, "".join(_dumped(result) + "\n" for result in done))
         finished = True
     finally:
         journal.close(remove=finished)
@@ -229,6 +253,12 @@ def _result(line: Line, done: Completion) -> dict[str, Any]:
         "text": done.text,
         "reason": done.reason,
     }
+
+
+def _dumped(result: dict[str, Any]) -> str:
+    text = json.dumps(result, ensure_ascii=False)
+    # half of a surrogate pair, which JSON can escape and a name may hold, is nothing that UTF-8 can write
+    return text if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text) else json.dumps(result)
 
 
 def _write_whole(target: Path, text: str) -> None:

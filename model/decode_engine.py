@@ -8,6 +8,7 @@ that a block of several steps needs the host only at its end.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -130,7 +131,9 @@ class DecodeEngine:
         self.model = model
         self.size, self.chunk, self.drafts = rows, chunk, drafts
         self.length = length
-        device, config = self.model.device, self.model.config
+        device, config = self.model.device, copy.copy(self.model.config)
+        # Mistral's mask goes by the window in every layer, whatever its config says of their types
+        config.layer_types = None
         self.cache = StaticRollingCache(
             config,
             rows,

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from .decode_engine import BLOCK, Beginning, DecodeEngine
 from .decode_step import DecodeModel
-from .requests import Completion, Counts, Event, Request, RequestError
+from .requests import Completion, Counts, Event, Request, RequestError, token_rows
 from .sampling import BROKEN, Sampling
 from .speculative import DraftModel, Proposer
 from .text_stream import TextStream
+from .weights import Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,6 +95,8 @@ class Generator:
         self.positions = int(self.model.config.max_position_embeddings)
         self.counts = Counts()
         self._engine: DecodeEngine | None = None
+        self._streaming = False
+        self._source, self._weights = model, Weights(model)
 
     def complete(self, requests: Iterable[Request]) -> list[Completion]:
         """The completions of all requests, in their order."""
@@ -109,7 +112,14 @@ class Generator:
 
         Args:
             every_token: events after every step. On a GPU that is a look at the device a step; without, one a block.
+        Raises:
+            RuntimeError: another stream of this generator has not come to its end, or the model is not what it was.
         """
+        if (name := self._weights.changed(self._source)) is not None:
+            raise RuntimeError(
+                f"the model was changed since this Generator was made ({name}): its weights were arranged then, so "
+                "make a new one"
+            )
         waiting: deque[tuple[int, Request]] = deque()
         longest = 0
         for index, request in enumerate(requests):
@@ -124,8 +134,14 @@ class Generator:
             longest = max(longest, min(len(request.prompt) + request.max_new_tokens, self.positions))
         if not waiting:
             return
+        if self._streaming:
+            raise RuntimeError(
+                "another stream of this Generator has not come to its end, and its texts are in the rows: finish or "
+                "close it first, or make a second Generator"
+            )
         engine = self._engine_for(longest)
         texts: list[_Text | None] = [None] * self.batch_size
+        self._streaming = True
         try:
             while waiting or any(texts):
                 yield from self._fill(engine, texts, waiting)
@@ -133,6 +149,7 @@ class Generator:
                 if count:
                     yield from self._advance(engine, texts, count, every_token, bool(waiting))
         finally:
+            self._streaming = False
             for row, text in enumerate(texts):
                 if text is not None:
                     engine.release(row)
@@ -214,6 +231,7 @@ class Generator:
             self.counts.steps += steps
         for row, tokens in enumerate(found):
             new = [token for token in tokens if token >= 0 or token == BROKEN]
+            assert new, "a row in use goes on, or this would never end"
             yield self._deliver(engine, texts, row, new)
 
     def _speculate(self, engine: DecodeEngine, proposer: Proposer, running: list[_Text]) -> list[list[int]]:
@@ -272,18 +290,17 @@ class Generator:
 
 
 def eos_of(model: nn.Module) -> tuple[int, ...]:
-    """The tokens that end a text, by the model's generation config, or else by its config."""
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
-    return ()
+    """The tokens that end a text: those of the model's generation config, and of nothing else, as for ``generate``."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list | tuple) else (int(found),)
 
 
 def generate(
     model: nn.Module,
     input_ids: Tensor | Sequence[Sequence[int]],
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
     *,
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
@@ -301,13 +318,11 @@ def generate(
         FloatingPointError: the model's logits are not finite.
     """
     sampling = sampling or Sampling()
-    rows = input_ids.tolist() if isinstance(input_ids, Tensor) else [list(row) for row in input_ids]
+    rows = token_rows(input_ids, "input_ids")
     if attention_mask is not None:
-        kept = attention_mask.tolist()
+        kept = token_rows(attention_mask, "attention_mask")
         if [len(r) for r in kept] != [len(r) for r in rows]:
-            raise RequestError(
-                f"attention_mask {list(attention_mask.shape)} is not of the shape of the input_ids"
-            )
+            raise RequestError("attention_mask must be of the shape of the input_ids, a row for each prompt")
         rows = [[token for token, keep in zip(row, mask) if keep] for row, mask in zip(rows, kept)]
     generator = Generator(model, batch_size=options.pop("batch_size", max(1, len(rows))), **options)
     requests = []

@@ -29,4 +29,7 @@ def encode_messages(tokenizer: Any, messages: Messages) -> list[int]:
         encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
     except (TemplateError, TypeError, KeyError, AttributeError) as error:
         raise RequestError(f"the conversation does not fit the model's chat template: {error}") from error
-    return list(encoded["input_ids"])
+    tokens = list(encoded["input_ids"])
+    if not all(isinstance(token, int) for token in tokens):
+        raise RequestError("expected one conversation, a list of messages, got a list of conversations")
+    return tokens

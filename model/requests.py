@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
+
+from torch import Tensor
 
 from .sampling import Sampling
 
@@ -34,13 +37,20 @@ class Request:
             raise RequestError(
                 "the prompt has no tokens; give at least one, a beginning-of-text token for instance"
             )
-        if self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        wrong = next((i for i, token in enumerate(self.prompt) if not 0 <= token < vocab), None)
-        if wrong is not None:
-            raise RequestError(
-                f"token {self.prompt[wrong]} at place {wrong} of the prompt is not in the vocabulary, 0..{vocab - 1}"
-            )
+        if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens must be an integer of at least 1, got {self.max_new_tokens}")
+        for place, token in enumerate(self.prompt):
+            if not isinstance(token, Integral):
+                raise RequestError(
+                    f"the prompt must be a list of token ids, got {type(token).__name__} at place {place}; of a tensor "
+                    "take one row, and tolist()"
+                )
+            if not 0 <= token < vocab:
+                raise RequestError(
+                    f"token {token} at place {place} of the prompt is not in the vocabulary, 0..{vocab - 1}"
+                )
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise RequestError(f"stop must be strings that are not empty, in a list, got {self.stop!r}")
         if len(self.prompt) >= positions:
             raise RequestError(
                 f"the prompt has {len(self.prompt)} tokens, and the model has {positions} positions for it and what "
@@ -93,3 +103,14 @@ class Counts:
     def acceptance(self) -> float | None:
         """The share of drafts that were right; None where there were none."""
         return self.accepted / self.proposed if self.proposed else None
+
+
+def token_rows(ids: Tensor | Sequence[Sequence[int]], name: str) -> list[list[int]]:
+    """A tensor [B, T], or a list of rows of any lengths, as lists; ``name`` is for the error."""
+    if isinstance(ids, Tensor):
+        if ids.ndim != 2:
+            raise RequestError(f"{name} must be [B, T], a row for each prompt, got {list(ids.shape)}")
+        return ids.tolist()
+    if not all(isinstance(row, Sequence) for row in ids):
+        raise RequestError(f"{name} must be a list of prompts, each a list of token ids")
+    return [list(row) for row in ids]

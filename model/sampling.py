@@ -6,6 +6,7 @@ Nothing here asks the device for a value, so all of it can stand in a CUDA graph
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -44,16 +45,19 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, fits, expected in (
-            ("temperature", 0 <= self.temperature < float("inf"), "a finite number of at least 0"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None for all"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "a finite number above 0"),
-            ("seed", -(1 << 63) <= self.seed < 1 << 63, "an integer of 64 bits"),
+        for name, kind, fits, expected in (
+            ("temperature", Real, lambda x: 0 <= x < float("inf"), "a finite number of at least 0"),
+            ("top_k", Integral, lambda x: x >= 1, "an integer of at least 1, or None for all"),
+            ("top_p", Real, lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+            ("min_p", Real, lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+            ("repetition_penalty", Real, lambda x: 0 < x < float("inf"), "a finite number above 0"),
+            ("seed", Integral, lambda x: -(1 << 63) <= x < 1 << 63, "an integer of 64 bits"),
         ):
-            if not fits:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if name == "top_k" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+                raise ValueError(f"{name} must be {expected}, got {value!r}")
 
     @property
     def plain(self) -> bool:
@@ -132,7 +136,9 @@ def filtered(logits: Tensor, state: SamplerState) -> tuple[Tensor, Tensor]:
     scores = scores.masked_fill(scores < least, float("-inf"))
     weights = torch.softmax(scores, dim=-1)
     before = weights.cumsum(-1) - weights
-    keep = (before < state.top_p[:, None]) & (weights >= state.min_p[:, None] * weights[:, :1])
+    # 1 leaves nothing out, though the sum may be rounded to 1 before the last token
+    within = (before < state.top_p[:, None]) | (state.top_p >= 1)[:, None]
+    keep = within & (weights >= state.min_p[:, None] * weights[:, :1])
     keep[:, 0] = True
     return weights * keep, tokens
 

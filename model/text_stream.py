@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 
 Decode = Callable[[list[int]], str]
 _HALF = "\N{REPLACEMENT CHARACTER}"
-# tokens before a piece that are decoded along with it: what a token gives may depend on its neighbour
-_CONTEXT = 6
+# more tokens than a character takes: what ends in half a character after so many is none
+_PATIENCE = 16
 
 
 class TextStream:
     """The text of one sequence of tokens.
 
     A token may end in the middle of a UTF-8 character, and may be decoded in another way at the beginning of a text. So
-    new tokens are decoded behind a few older ones, once their last character is whole, and what these give is cut off.
+    new tokens are decoded behind those of the piece before, once their last character is whole, and what these give is
+    cut off. Both pieces begin where a character does: decoders for tokens of single bytes (byte fallback) give up a
+    whole run of them that begins within one.
 
     Args:
         decode: tokens to text.
@@ -30,34 +32,40 @@ class TextStream:
             raise ValueError("a stop string must not be empty")
         self._decode, self._stop = decode, tuple(stop)
         self._tokens: list[int] = []
-        self._done = 0
+        # the piece before, and what follows it: _tokens[_begin:_done] and _tokens[_done:]
+        self._begin = self._done = 0
         self._all = ""
         self.text = ""
         self.stopped: str | None = None
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Take in new tokens -> what of the text has become certain."""
-        if self.stopped is not None:
+        """Take in new tokens, one after another -> what of the text has become certain."""
+        return "".join(self._take(token) for token in tokens if self.stopped is None)
+
+    def _take(self, token: int) -> str:
+        self._tokens.append(token)
+        piece = self._behind()
+        if piece.endswith(_HALF) and len(self._tokens) - self._done < _PATIENCE:
             return ""
-        self._tokens += tokens
-        begin = max(0, self._done - _CONTEXT)
-        before = self._decode(self._tokens[begin : self._done])
-        now = self._decode(self._tokens[begin:])
-        if now.endswith(_HALF) or not now.startswith(before):
-            return ""
+        if piece:  # tokens without text are no context
+            self._begin = self._done
         self._done = len(self._tokens)
-        return self._add(now[len(before) :], final=False)
+        return self._add(piece, final=False)
 
     def end(self) -> str:
         """No more tokens -> the rest of the text."""
         if self.stopped is not None:
             return ""
-        whole = self._decode(self._tokens)
-        if whole.startswith(self._all):
-            return self._add(whole[len(self._all) :], final=True)
-        begin = max(0, self._done - _CONTEXT)
-        before = self._decode(self._tokens[begin : self._done])
-        return self._add(self._decode(self._tokens[begin:])[len(before) :], final=True)
+        return self._add(self._behind(), final=True)
+
+    def _behind(self) -> str:
+        """The text of the tokens after ``_done``."""
+        before = self._decode(self._tokens[self._begin : self._done])
+        now = self._decode(self._tokens[self._begin :])
+        if now.startswith(before):
+            return now[len(before) :]
+        # bytes that are no character, and with them the decoder gave up the run that they are in
+        return self._decode(self._tokens[self._done :])
 
     def _add(self, piece: str, final: bool) -> str:
         searched = max(0, len(self._all) - max(map(len, self._stop), default=0) + 1)

@@ -1,5 +1,6 @@
 """A file of prompts: in order, each alone to blame for its errors, and what is left of a run that was killed."""
 
+import copy
 import json
 import os
 import signal
@@ -68,7 +69,17 @@ def test_a_line_that_is_wrong_harms_no_other(tools, tmp_path):
         '{"prompt": ""}': "no tokens",
         '{"prompt": "a", "max_new_tokens": 0}': "at least 1, got 0",
         '{"prompt": "a", "temperature": -1}': "temperature must be",
-        '{"prompt": "a", "temperature": "hot"}': "",
+        '{"prompt": "a", "temperature": "hot"}': "temperature must be",
+        '{"prompt": "a", "seed": 1.5}': "seed must be an integer",
+        '{"prompt": "a", "top_k": 2.5}': "top_k must be an integer",
+        '{"prompt": "a", "max_new_tokens": true}': "an integer, got True",
+        '{"prompt": "a", "stop": null}': "a string or a list",
+        '{"prompt": "a", "stop": ["b", ""]}': "not empty",
+        '{"prompt": "a", "prompt": "b"}': "twice",
+        '{"prompt": "a", "id": NaN}': "NaN is no JSON",
+        '{"prompt": "a", "id": 1e999}': "not JSON compliant",
+        '{"prompt": "\\ud800"}': "",
+        "[" * 99999: "brackets",
         '{"messages": [{"role": "user", "content": "a"}]}': "no chat template",
         json.dumps({"prompt": "a" * 200}): "128 positions",
     }
@@ -80,7 +91,26 @@ def test_a_line_that_is_wrong_harms_no_other(tools, tmp_path):
     assert len(done) == len(wrong) + 2 and done[0]["text"] == done[-1]["text"] and done[0]["new_tokens"] == 4
     for result, says in zip(done[1:-1], wrong.values()):
         assert says in result["error"] and "text" not in result
-    assert done[4]["id"] == 7
+    assert done[4]["id"] == 7 and lines_of(tmp_path / "out") == done
+
+
+def test_a_mark_before_the_first_line_and_names_that_are_no_text(tools, tmp_path):
+    model, tokenizer = tools
+    names = ['"é\U0001f32c"', r'"\ud800é"', "[1]"]
+    text = "\n".join(f'{{"prompt": "a", "max_new_tokens": 1, "id": {name}}}' for name in names)
+    (tmp_path / "in").write_text("\ufeff" + text, encoding="utf-8")
+    done = continue_file(Generator(model, tokenizer), tmp_path / "in", tmp_path / "out", Defaults())
+    assert [d["id"] for d in done] == ["é\U0001f32c", "\ud800é", [1]] and lines_of(tmp_path / "out") == done
+    assert "é" in (tmp_path / "out").read_text(encoding="utf-8")
+
+
+def test_a_conversation_within_a_conversation(tools, tmp_path):
+    model, tokenizer = tools[0], copy.copy(tools[1])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}a"
+    lines = ['{"messages": [[{"role": "user", "content": "a"}]]}', '{"prompt": "a", "max_new_tokens": 2}']
+    (tmp_path / "in").write_text("\n".join(lines))
+    done = continue_file(Generator(model, tokenizer), tmp_path / "in", tmp_path / "out", Defaults())
+    assert "one conversation" in done[0]["error"] and done[1]["new_tokens"] == 2
 
 
 class Stopped(Exception):
@@ -134,6 +164,8 @@ def test_a_journal_of_another_run_is_refused(tools, source, tmp_path):
     with pytest.raises(BatchError, match="another run is writing"):
         continue_file(generator, source, tmp_path / "out", Defaults())
     journal.close()
+    with pytest.raises(BatchError, match="file of the prompts"):
+        continue_file(generator, source, source, Defaults(), overwrite=True)
     with pytest.raises(BatchError, match="other prompts, another model or other settings"):
         continue_file(generator, source, tmp_path / "out", Defaults())
     (tmp_path / "out.part").write_text("[]\n")
@@ -152,6 +184,27 @@ def test_killed_between_the_output_and_the_end_of_its_journal(tools, source, tmp
         continue_file(Generator(model, tokenizer, batch_size=3), source, tmp_path / "out", Defaults()) == done
     )
     assert not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize("moment", ["before the lock", "before the file"])
+def test_a_run_that_ends_while_another_begins(tools, source, tmp_path, monkeypatch, moment):
+    model, tokenizer = tools
+    target = tmp_path / "out"
+    run = lambda: continue_file(Generator(model, tokenizer, batch_size=3), source, target, Defaults())  # noqa: E731
+    lock, read, done = Journal._lock, type(source).read_text, []
+
+    def other(*_):
+        monkeypatch.setattr(Journal, "_lock", lock)
+        monkeypatch.setattr(type(source), "read_text", read)
+        done.extend(run())
+
+    if moment == "before the lock":
+        monkeypatch.setattr(Journal, "_lock", lambda self: (other(), lock(self)))
+    else:
+        monkeypatch.setattr(type(source), "read_text", lambda *a, **k: (other(), read(*a, **k))[1])
+    with pytest.raises(BatchError, match="just finished" if moment == "before the lock" else "exists"):
+        run()
+    assert lines_of(target) == done and len(done) == 6 and not (tmp_path / "out.part").exists()
 
 
 KILLED = """

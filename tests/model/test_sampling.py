@@ -143,10 +143,18 @@ def test_broken_logits_are_seen_in_their_row(plain):
     "values",
     [
         {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1},
-        {"min_p": 2.0}, {"repetition_penalty": 0.0}, {"seed": 1 << 63},
+        {"min_p": 2.0}, {"repetition_penalty": 0.0}, {"seed": 1 << 63}, {"seed": 1.5}, {"top_k": 2.5},
+        {"top_k": True}, {"temperature": "hot"}, {"min_p": None},
     ],
     ids=str,
 )  # fmt: skip
 def test_a_setting_out_of_range_is_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         Sampling(**values)
+
+
+def test_a_share_of_one_leaves_nothing_out():
+    """One token is so likely that the sum is 1, as rounded, before the others."""
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5] = 30
+    assert bool((filtered(logits, state_of(Sampling(1.0)))[0] > 0).all())
