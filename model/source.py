@@ -81,6 +81,15 @@ def open_source(folder: str | Path) -> Source:
     return reader
 
 
+def check_apart(src: Path, out: Path) -> None:
+    """Raises CheckpointError where writing ``out`` would replace ``src``, or a folder that it is in."""
+    source, target = src.expanduser().resolve(), out.expanduser().resolve()
+    if target == source or target in source.parents:
+        raise CheckpointError(
+            f"{out} is, or holds, the source {src}, which would be gone when it is replaced; choose another folder"
+        )
+
+
 def whole(source: Source, name: str) -> Tensor:
     """All of a tensor, in memory of its own."""
     _, shape = source.info(name)

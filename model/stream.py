@@ -8,6 +8,7 @@ and see no data; under calibration the hidden states of all windows travel along
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +32,7 @@ from .quantization_entry import quantization_entry
 from .safetensors_header import CheckpointError
 from .shards import ShardFiles
 from .skeleton import check_depth, check_tensors, check_tied_copies, empty_model
-from .source import Source, open_source
+from .source import Source, check_apart, open_source
 from .trouble import Policy, TroubleError
 from .worker import worker_of
 from .writer import complete_folder
@@ -96,6 +97,7 @@ def quantize_checkpoint(
         OSError: the disk is full. What was finished is kept, and can be resumed.
     """
     where = compute_device(device)
+    check_apart(src, out)
     job = _Job(
         open_source(src),
         src,
@@ -374,6 +376,8 @@ class _Job:
         done = 0 if self.job is None else self.job.done
         if self.job is not None and not done:
             self.job.discard()
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and self.job is not None:
+            error.filename = error.filename or str(self.job.folder)
         if isinstance(error, KeyboardInterrupt):
             kept = (
                 f"{done} of {len(self.steps)} steps are kept: resume to go on" if done else "nothing is kept"

@@ -287,7 +287,8 @@ def test_a_disk_that_fills_up_on_the_way(tiny_checkpoint, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(shards.os, "pwrite", filling)
         result = CliRunner().invoke(app, ["quantize", str(tiny_checkpoint), str(out), "-c", "nf4-dq-all"])
-    assert result.exit_code == 1 and "No space left on device" in result.stderr
+    assert result.exit_code == 1
+    assert f"{job_path(out) / 'folder'}: No space left on device" in result.stderr.replace("\n", "")
     if (job_path(out) / "journal").exists():
         assert "steps are kept: resume to go on" in result.stderr
     quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True)
