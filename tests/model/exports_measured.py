@@ -16,7 +16,7 @@ from brise.model.stream import quantize_checkpoint
 from brise.model.synth import Size, write_synth
 from brise.quant.presets import PRESETS
 
-SHORT, LONG = 2, 16
+SHORT, LONG = 2, 12
 CASES = {"nf4": ("bitsandbytes",), "int4-g128": ("gptq", "compressed-tensors", "gguf-q4_0")}
 
 
@@ -51,7 +51,7 @@ def main(root: Path) -> None:
     torch.set_num_threads(1)
     found = {}
     for blocks in (SHORT, LONG):
-        write_synth(Size(512, 1024, blocks, 4, 2, vocabulary=512), root / f"s{blocks}", None)
+        write_synth(Size(512, 768, blocks, 4, 2, vocabulary=512), root / f"s{blocks}", None)
     for preset, formats in CASES.items():
         for blocks in (SHORT, LONG):
             quantize_checkpoint(root / f"s{blocks}", root / f"{preset}-{blocks}", PRESETS[preset])
