@@ -162,8 +162,6 @@ class _Proposals:
 
         uniform = uniform_plans(self.layout, budget, self.prefix, self.losses)
         if self.losses is None:
-            if not uniform:
-                raise ValueError(f"no preset fits {budget:,} bytes; --mixed tries every mixture")
             return uniform, None
         best = mixed_plan(
             self.layout, budget, self.losses, self.specs, self.calibration, keep_ends=self.keep_ends

@@ -227,7 +227,7 @@ def summary(report: Report) -> dict[str, Any]:
     return {
         "quantized": len(report.quantized),
         "kept": {o.path: o.reason for o in report.kept},
-        "troubles": {o.path: o.trouble for o in report.outcomes if o.trouble},
+        "troubles": _troubles(report),
         "quantized_bytes": nbytes,
         "bits_per_quantized_weight": 8 * nbytes / weights if weights else None,
     }
@@ -251,11 +251,14 @@ def _show_report(console: Console, out: Path, report: Report) -> None:
         size = human_bytes(nbytes[label]) if nbytes[label] else ""
         table.add_row(label, str(count), f"{weights[label]:,}", size)
     console.print(table)
-    for o in report.outcomes:
-        if o.trouble:
-            print(f"{o.path}: {o.trouble}")
+    for path, words in _troubles(report).items():
+        print(f"{path}: {words}")
     bits = summary(report)["bits_per_quantized_weight"]
     print(f"{out}: {bits:.3f} bits per quantized weight, scales included" if bits else out)
+
+
+def _troubles(report: Report) -> dict[str, str]:
+    return {o.path: o.trouble for o in report.outcomes if o.trouble} | report.copied
 
 
 def _show_presets(console: Console) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..quant.config import Calibration, ConfigError, QuantConfig, QuantSpec, Rule
 from ..quant.presets import PRESETS
 from ..quant.tensor import layout as layout_of
-from .allocate import Allocation, Option, allocate
+from .allocate import Allocation, BudgetError, Option, allocate
 from .plan import Layout
 from .sensitivity import Losses, without_hessian
 
@@ -76,19 +76,27 @@ def candidates(layout: Layout, prefix: str, names: Sequence[str] = FORMATS) -> d
 def uniform_plans(
     layout: Layout, budget: int, prefix: str = "", losses: Losses | None = None
 ) -> list[Uniform]:
-    """The presets of ``prefix`` that fit, the largest first."""
+    """The presets of ``prefix``, or the plain ones, that fit, the largest first.
+
+    Raises:
+        BudgetError: none fits.
+    """
     out = []
     for name, config in PRESETS.items():
-        if name.startswith("gptq-") != (prefix == "gptq-"):
+        if not name.startswith(prefix) or config.needs_calibration != bool(prefix):
             continue
         try:
             ledger = layout.ledger(config)
         except ConfigError:  # a group that does not divide this model's widths
             continue
-        if ledger.nbytes <= budget:
-            predicted = None if losses is None else _predicted(name.removeprefix(prefix), losses)
-            out.append(Uniform(name, ledger.nbytes, ledger.bits_per_weight, predicted))
-    return sorted(out, key=lambda u: (-u.nbytes, u.name))
+        predicted = None if losses is None else _predicted(name.removeprefix(prefix), losses)
+        out.append(Uniform(name, ledger.nbytes, ledger.bits_per_weight, predicted))
+    fitting = sorted((u for u in out if u.nbytes <= budget), key=lambda u: (-u.nbytes, u.name))
+    if not fitting and losses is None:
+        least = min(out, key=lambda u: u.nbytes, default=None)
+        smallest = "" if least is None else f": the smallest, {least.name}, takes {least.nbytes:,} bytes"
+        raise BudgetError(f"no preset fits {budget:,} bytes{smallest}; raise the budget, or try --mixed")
+    return fitting
 
 
 def _predicted(name: str, losses: Losses) -> float | None:

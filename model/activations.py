@@ -6,8 +6,11 @@ the very same bits. In memory they are gone with the process, and are made again
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -85,7 +88,9 @@ class InFiles:
 
     def work_on(self, step: int, activations: Activations) -> Activations:
         for stream in self._streams():
-            shutil.copyfile(self._path(stream, step - 1), self._path(stream, step))
+            before, path = self._path(stream, step - 1), self._path(stream, step)
+            with _room(path, before.stat().st_size):
+                shutil.copyfile(before, path)
         return self._open(step)
 
     def sync(self, step: int) -> None:
@@ -127,6 +132,19 @@ class InFiles:
         return tensor
 
 
+@contextlib.contextmanager
+def _room(path: Path, wanted: int) -> Iterator[None]:
+    """Say of a full disk how many bytes were ``wanted`` for a file, and where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        text = f"the calibration's activations take {wanted:,} bytes in a file, {free:,} are free here"
+        raise OSError(error.errno, text, str(path.parent)) from error
+
+
 def map_file(path: Path, shape: tuple[int, ...], create: bool = False) -> Tensor:
     """A file as an fp32 tensor of ``shape``: what is written to one is in the other."""
     count = torch.Size(shape).numel()
@@ -138,7 +156,8 @@ def map_file(path: Path, shape: tuple[int, ...], create: bool = False) -> Tensor
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             # room for all of it now: a full disk met while a map is written to would end the process
-            os.posix_fallocate(fd, 0, 4 * count)
+            with _room(path, 4 * count):
+                os.posix_fallocate(fd, 0, 4 * count)
         finally:
             os.close(fd)
     return torch.from_file(str(path), shared=True, size=count, dtype=torch.float32).view(shape)

@@ -25,7 +25,7 @@ from .sequential import Activations, quantize_block, replay_block
 from .shards import ShardFiles
 from .solve import Setting, quantize_under, reduce
 from .source import Source, whole
-from .trouble import Policy
+from .trouble import Policy, in_words, look_at
 from .walk import STAGES, WalkContext, walk_context
 
 # rows of the embedding that are looked at at once
@@ -211,7 +211,7 @@ class CalibratedSteps(PlainSteps):
         if plain:
             result = super().compute(dataclasses.replace(step, targets=tuple(plain)), -1)
         norm = self.model.get_submodule("model.norm")
-        norm.load_state_dict({"weight": self._weight("model.norm.weight")}, assign=True)
+        norm.load_state_dict({"weight": self._copied("model.norm.weight")}, assign=True)
         streams = self.activations
         accumulator = HessianAccumulator(streams.hidden.shape[-1], streams.full is not None, self.device)
         for i in range(streams.hidden.shape[0]):
@@ -228,13 +228,20 @@ class CalibratedSteps(PlainSteps):
         """A block with its norms; the weights of the walk's stages come and go."""
         layer = self.layers[step.name]
         staged = {f"{step.name}.{name}.weight" for stage in STAGES for name in stage}
-        rest = {name[len(step.name) + 1 :]: self._weight(name) for name in step.names if name not in staged}
+        rest = {name[len(step.name) + 1 :]: self._copied(name) for name in step.names if name not in staged}
         layer.load_state_dict(rest, strict=False, assign=True)
         return layer
 
     def _weight(self, name: str) -> Tensor:
         """A tensor of the source in fp32, where it is computed with."""
         return whole(self.source, name).to(self.device).to(torch.float32)
+
+    def _copied(self, name: str) -> Tensor:
+        """A norm or a bias; NaN in it would be said of the Hessians behind it, and is said of itself."""
+        w = self._weight(name)
+        if look_at(w) == "nonfinite":
+            self.policy.decide(name.removesuffix(".weight"), "nonfinite", in_words("nonfinite", w))
+        return w
 
     def _load(self, step: Step, name: str) -> Tensor:
         return self._weight(f"{step.name}.{name}.weight")

@@ -140,8 +140,10 @@ def _gather(source: Source, ids: Tensor, target: Path, device: torch.device, pro
     steps = plan_steps(source, model, targets)
     needy = [path for path, (spec, _) in resolved.items() if spec is not None]
     check_calibration(ids, needy, steps, source.config["vocab_size"])
+    # what is wrong with a Hessian is for the job that solves with it to decide
+    policy = Policy(nonfinite="keep")
     walk = CalibratedSteps(
-        source, model, targets, resolved, Policy(), device, current_group(), Calibration(), ids, "memory"
+        source, model, targets, resolved, policy, device, current_group(), Calibration(), ids, "memory"
     )
     hidden = walk._embedded(None).hidden
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")

@@ -14,6 +14,16 @@ from .source import Source
 from .trouble import Policy
 
 
+def goes_on(part: str, old: Any, new: Any) -> bool:
+    """Whether steps that were finished under a part ``old`` of an identity are what they would be under ``new``.
+
+    Of the policy what was to fail may change: none of it was met in a finished step.
+    """
+    if part != "policy" or old is None or new is None:
+        return bool(old == new)
+    return all(old.get(kind) in ("fail", action) for kind, action in new.items())
+
+
 def job_identity(
     source: Source,
     config: QuantConfig,

@@ -12,13 +12,14 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .atomic import check_target, clean_up, fsync_folder, put_in_place, try_lock, write_file
 from .safetensors_header import CheckpointError
 
-_FORMAT = 1
+_FORMAT = 2
 _JOB, _JOURNAL, _PID, _CONTENTS = "job.json", "journal", "pid", "folder"
 
 
@@ -39,6 +40,8 @@ class JobFolder:
         identity: what makes the job: JSON-ready, the parts by name.
         overwrite: whether a checkpoint at ``target`` may be replaced; without ``resume`` also an unfinished job.
         resume: go on with an unfinished job of the same identity, or begin where there is none.
+        goes_on: (part, as it was, as it is) -> whether the finished steps are what they would be; the job has the new
+            part from then on.
 
     Raises:
         UnfinishedJobError: an unfinished job is there and neither is allowed, or its identity is another.
@@ -46,7 +49,13 @@ class JobFolder:
     """
 
     def __init__(
-        self, target: str | Path, identity: dict[str, Any], *, overwrite: bool = False, resume: bool = False
+        self,
+        target: str | Path,
+        identity: dict[str, Any],
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        goes_on: Callable[[str, Any, Any], bool] = lambda part, old, new: bool(old == new),
     ) -> None:
         self.target = Path(target).expanduser().resolve()
         self.path = job_path(self.target)
@@ -63,7 +72,7 @@ class JobFolder:
             check_target(self.target, self.overwrite)
             clean_up(self.target, self.overwrite)
             if state is not None and resume:
-                self._compare(state["identity"], identity)
+                self._compare(state, identity, goes_on)
                 self.records, good = read_journal(self.path / _JOURNAL)
                 os.truncate(self.path / _JOURNAL, good)
                 self.resumed = True
@@ -88,16 +97,8 @@ class JobFolder:
         """Put the job on record, once ``folder`` holds its files: before this, nothing can be resumed."""
         if self.resumed:
             return
-        state = {
-            "format": _FORMAT,
-            "identity": self._identity,
-            "overwrite": self.overwrite,
-            "inode": self.folder.stat().st_ino,
-        }
         write_file(self.path / _JOURNAL, b"")
-        write_file(self.path / "job.tmp", (json.dumps(state, indent=1) + "\n").encode())
-        os.rename(self.path / "job.tmp", self.path / _JOB)
-        fsync_folder(self.path)
+        self._write_state(self._identity)
         fsync_folder(self.path.parent)
 
     def append(self, record: dict[str, Any]) -> None:
@@ -169,10 +170,27 @@ class JobFolder:
         finished = not self.folder.exists() or self.folder.stat().st_ino != state["inode"]
         return None if finished else state
 
-    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        old, new = (json.loads(json.dumps(identity)) for identity in (old, new))
+    def _write_state(self, identity: dict[str, Any]) -> None:
+        state = {
+            "format": _FORMAT,
+            "identity": identity,
+            "overwrite": self.overwrite,
+            "inode": self.folder.stat().st_ino,
+        }
+        (self.path / "job.tmp").unlink(missing_ok=True)
+        write_file(self.path / "job.tmp", (json.dumps(state, indent=1) + "\n").encode())
+        os.rename(self.path / "job.tmp", self.path / _JOB)
+        fsync_folder(self.path)
+
+    def _compare(
+        self, state: dict[str, Any], identity: dict[str, Any], goes_on: Callable[[str, Any, Any], bool]
+    ) -> None:
+        new = json.loads(json.dumps({"format": _FORMAT, **identity}))
+        old = {"format": state["format"], **state["identity"]}
         unlike = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        if unlike:
+        if unlike and all(goes_on(key, old.get(key), new.get(key)) for key in unlike):
+            self._write_state(identity)
+        elif unlike:
             parts = ", ".join(f"{key} ({_say(old.get(key))}, now {_say(new.get(key))})" for key in unlike)
             raise UnfinishedJobError(
                 f"{self.target} was begun as another job, which differs in {parts}: go on with that one, or allow "

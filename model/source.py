@@ -81,6 +81,15 @@ def open_source(folder: str | Path) -> Source:
     return reader
 
 
+def check_apart(src: Path, out: Path) -> None:
+    """Raises CheckpointError where writing ``out`` would replace ``src``, or a folder that it is in."""
+    source, target = src.expanduser().resolve(), out.expanduser().resolve()
+    if target == source or target in source.parents:
+        raise CheckpointError(
+            f"{out} is, or holds, the source {src}, which would be gone when it is replaced; choose another folder"
+        )
+
+
 def whole(source: Source, name: str) -> Tensor:
     """All of a tensor, in memory of its own."""
     _, shape = source.info(name)
@@ -91,8 +100,8 @@ class Float8Source:
     """A folder whose weights are float8 codes with scales beside them.
 
     ``X.weight_scale`` (one, or one a row) and ``X.weight_scale_inv`` (one a block of the config's
-    ``weight_block_size``) both multiply, as in compressed-tensors and in transformers' fine-grained fp8; without
-    either the codes are the weights. Copies of what is not quantized have the config's dtype.
+    ``weight_block_size``, or one where that is null) both multiply, as in compressed-tensors and in transformers'
+    fine-grained fp8; without either the codes are the weights. Copies of what is not quantized have the config's dtype.
 
     Raises:
         CheckpointError: scales of a shape that fits no weight, or a quantization that is not float8.
@@ -132,8 +141,10 @@ class Float8Source:
         if scale is None:
             return w
         s = whole(self._reader, scale).to(torch.float32)
+        if s.numel() == 1:
+            return w * s.view(())
         if not scale.endswith(_BLOCK_SCALE):
-            return w * (s if s.numel() == 1 else s.view(-1, 1)[start:stop])
+            return w * s.view(-1, 1)[start:stop]
         high, wide = self._block
         by_row = s[torch.arange(start, stop) // high]
         return w * by_row.repeat_interleave(wide, dim=1)[:, : w.shape[1]]
@@ -167,5 +178,6 @@ class Float8Source:
         if len(shape) != 2:
             return False
         if ending == _BLOCK_SCALE:
-            return got == tuple(-(-n // b) for n, b in zip(shape, self._block, strict=True))
+            blocks = tuple(-(-n // b) for n, b in zip(shape, self._block, strict=True))
+            return got in ((), (1,), blocks)
         return got in ((), (1,), (1, 1), (shape[0],), (shape[0], 1))

@@ -8,6 +8,7 @@ and see no data; under calibration the hidden states of all windows travel along
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,25 +20,25 @@ from torch import Tensor
 
 from ..quant.apply import Outcome, Report, Target, find_targets, resolve
 from ..quant.config import ConfigError, QuantConfig, QuantSpec
-from .calibrated import CalibratedSteps, check_calibration
+from .calibrated import check_calibration
+from .copied import copy_tensor
 from .device_copy import compute_device
 from .group import Group, current_group, raise_together, share
-from .hessian_store import StoredSteps
-from .identity import job_identity
+from .identity import goes_on, job_identity
 from .job import JobFolder
 from .job_plan import Step, plan_steps, plan_tensors, tensors_of
-from .plain import PlainSteps, StepResult
+from .plain import StepResult
 from .quantization_entry import quantization_entry
 from .safetensors_header import CheckpointError
 from .shards import ShardFiles
 from .skeleton import check_depth, check_tensors, check_tied_copies, empty_model
-from .source import Source, open_source
-from .trouble import Policy
+from .source import Source, check_apart, open_source
+from .trouble import Policy, TroubleError
+from .worker import worker_of
 from .writer import complete_folder
 
 Progress = Callable[[str, int, int], None]
 REPORT = "quantization_report.json"
-_PIECE = 1 << 24
 
 
 class Interrupted(KeyboardInterrupt):
@@ -72,9 +73,10 @@ def quantize_checkpoint(
         config: the rules; every module they leave out is copied as it is.
         calibration: token ids int64 [windows, length], needed where ``config.needs_calibration``.
         overwrite: replace ``out`` if it is there, and begin anew where an unfinished job is.
-        resume: go on with an unfinished job of the same arguments; the result is the same to the bit.
+        resume: go on with an unfinished job of the same arguments; the result is the same to the bit. What the policy
+            let fail may be kept or rounded now.
         memory: where the activations of the calibration windows are kept: ``memory``, or ``file`` (beside ``out``).
-        policy: what is done about weights and Hessians that cannot be quantized.
+        policy: what is done about weights and Hessians that cannot be quantized, and about what is copied.
         max_shard_bytes: a tensor that would make a shard larger than this begins the next one.
         hessians: a folder of Hessians that several configs with ``hessians: once`` share (see :mod:`.hessian_store`);
             without it such a config gathers its own.
@@ -90,11 +92,12 @@ def quantize_checkpoint(
         CheckpointError: ``src`` cannot be read, is quantized already, or changes underneath; ``out`` is there and is to
             stay; another process writes it; an unfinished job is in the way, or another one than this.
         DeviceError: torch does not see the device.
-        TroubleError: a weight or a Hessian cannot be quantized, and the policy is to fail.
+        TroubleError: a weight or a Hessian cannot be quantized or copied, and the policy is to fail.
         ValueError: token ids outside the vocabulary.
         OSError: the disk is full. What was finished is kept, and can be resumed.
     """
     where = compute_device(device)
+    check_apart(src, out)
     job = _Job(
         open_source(src),
         src,
@@ -126,6 +129,7 @@ class _Job:
     ) -> None:
         self.source = source
         self.config = config
+        self.policy = policy
         self.max_shard_bytes = max_shard_bytes
         self.group: Group = current_group()
         if "quantization_config" in source.config:
@@ -139,28 +143,25 @@ class _Job:
         self.resolved: dict[str, tuple[QuantSpec | None, str]] = resolve(config, self.targets.values())
         self.steps: list[Step] = plan_steps(source, model, self.targets)
         self.outcomes: dict[str, Outcome] = {}
+        # of what is copied: name -> what is wrong with it
+        self.copied: dict[str, str] = {}
         needy = [p for p, (spec, _) in self.resolved.items() if spec is not None and spec.needs_hessian]
         ids = (
             check_calibration(calibration, needy, self.steps, source.config["vocab_size"]) if needy else None
         )
-        self.worker: PlainSteps | CalibratedSteps
-        if ids is None:
-            self.worker = PlainSteps(source, self.targets, self.resolved, policy, device)
-        elif config.calibration.hessians == "once":
-            self.worker = StoredSteps(source, self.targets, self.resolved, policy, device, ids, hessians)
-        else:
-            self.worker = CalibratedSteps(
-                source,
-                model,
-                self.targets,
-                self.resolved,
-                policy,
-                device,
-                self.group,
-                config.calibration,
-                ids,
-                memory,
-            )
+        self.worker = worker_of(
+            source,
+            model,
+            self.targets,
+            self.resolved,
+            policy,
+            device,
+            self.group,
+            config,
+            ids,
+            memory,
+            hessians,
+        )
         self.identity = job_identity(source, config, policy, max_shard_bytes, ids, self.group.world, device)
 
     @property
@@ -177,7 +178,7 @@ class _Job:
         error: Exception | None = None
         if self.group.rank == 0:
             try:
-                self.job = JobFolder(out, self.identity, overwrite=overwrite, resume=resume)
+                self.job = JobFolder(out, self.identity, overwrite=overwrite, resume=resume, goes_on=goes_on)
             except Exception as failed:
                 error = failed
         raise_together(self.group, error)
@@ -199,6 +200,8 @@ class _Job:
         done = [record for line in records for record in line["steps"]]
         for record in done:
             self._take(record)
+        for line in records:
+            self.copied |= line["copied"]
         generation = records[-1]["generation"] if records else 0
         planned = plan_tensors(self.steps, self.source, self.targets, self.specs, self.entry)
         begins = self.group.rank == 0 and not records
@@ -219,7 +222,7 @@ class _Job:
         self._old: list[Path] = []
         self._line: dict[str, Any] | None = None
         with ThreadPoolExecutor(1) as writer:
-            pending: Future[None] | None = None
+            pending: Future[dict[str, str]] | None = None
             for start in range(0, len(left), size):
                 mine = (
                     [left[start + i] for i in share(min(size, len(left) - start), self.group)]
@@ -231,8 +234,12 @@ class _Job:
             self._settle(pending, None)
 
     def _round(
-        self, index: int | None, shared: bool, writer: ThreadPoolExecutor, pending: Future[None] | None
-    ) -> Future[None] | None:
+        self,
+        index: int | None,
+        shared: bool,
+        writer: ThreadPoolExecutor,
+        pending: Future[dict[str, str]] | None,
+    ) -> Future[dict[str, str]] | None:
         """Compute a step, then see that the one before is written and on record, then begin to write this one."""
         result, error = None, None
         try:
@@ -250,22 +257,25 @@ class _Job:
             self._take(record)
         if any(record["changes"] for record in gathered):
             self._relay()
-        line = {"generation": self.shards.generation, "steps": gathered}
+        line = {"generation": self.shards.generation, "steps": gathered, "copied": {}}
         alone = self.group.world == 1
         self._line = None if alone else line
         if result is None or index is None or not (shared or self.group.rank == 0):
             return None
         return writer.submit(self._write, self.steps[index], result, line if alone else None)
 
-    def _settle(self, pending: Future[None] | None, error: Exception | None) -> None:
+    def _settle(self, pending: Future[dict[str, str]] | None, error: Exception | None) -> None:
         """Wait for what is being written, at every process, and put it on record where the writer has not."""
+        copied: dict[str, str] = {}
         try:
             if pending is not None:
-                pending.result()
+                copied = pending.result()
         except Exception as failed:
-            error = error or failed
+            error = failed  # of the step before: what is wrong there may be what failed here
         raise_together(self.group, error)
         if self._line is not None:
+            for found in self.group.gather(copied):
+                self._line["copied"] |= found
             self._put_on_record(self._line)
             self._line = None
 
@@ -279,6 +289,7 @@ class _Job:
             self.shards.forget(self._old)
             self.progress(self.steps[indices[-1]].name, self.job.done, len(self.steps))
         self._old = []
+        self.copied |= line["copied"]
         self.worker.on_record(indices[-1])
 
     def _take(self, record: dict[str, Any]) -> None:
@@ -309,33 +320,33 @@ class _Job:
             self.shards.set_plan(planned, generation)
             self.shards.open()
 
-    def _write(self, step: Step, result: StepResult, line: dict[str, Any] | None) -> None:
-        """Write a step, wait for the disk, and put it on record where this process is alone."""
+    def _write(self, step: Step, result: StepResult, line: dict[str, Any] | None) -> dict[str, str]:
+        """Write a step, wait for the disk, and put it on record where this process is alone.
+
+        Returns:
+            Of the copied tensors: name -> what is wrong with it.
+        """
         for name, tensor in result.tensors.items():
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
             self.shards.write(name, data)
         result.tensors.clear()
+        copied: dict[str, str] = {}
         for name in step.copied(self.specs):
-            self._copy(name)
+            if words := copy_tensor(self.source, self.shards, name, self.policy):
+                copied[name] = words
         self.shards.sync(tensors_of(step, self.specs, self.targets))
         self.source.check_unchanged()
         if line is not None:
+            line["copied"] |= copied
             self._put_on_record(line)
-
-    def _copy(self, name: str) -> None:
-        dtype, shape = self.source.info(name)
-        count = shape[0] if shape else 1
-        if not torch.Size(shape).numel():
-            return
-        width = torch.Size(shape).numel() // count * dtype.itemsize
-        rows = max(1, _PIECE // width)
-        for start in range(0, count, rows):
-            piece = self.source.rows(name, start, min(start + rows, count)).to(dtype)
-            data = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
-            self.shards.write(name, data, start * width)
+        return copied
 
     def _finish(self) -> Report:
-        report = Report([self._outcome(t) for t in self.targets.values()])
+        copied = {name.removesuffix(".weight"): words for name, words in self.copied.items()}
+        report = Report(
+            [self._outcome(t) for t in self.targets.values()],
+            {path: words for path, words in copied.items() if path not in self.targets},
+        )
         error = None
         if self.job is not None:
             try:
@@ -365,12 +376,14 @@ class _Job:
         done = 0 if self.job is None else self.job.done
         if self.job is not None and not done:
             self.job.discard()
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and self.job is not None:
+            error.filename = error.filename or str(self.job.folder)
         if isinstance(error, KeyboardInterrupt):
             kept = (
                 f"{done} of {len(self.steps)} steps are kept: resume to go on" if done else "nothing is kept"
             )
             raise Interrupted(f"interrupted; {kept}", done) from None
-        if isinstance(error, OSError | CheckpointError) and done:
+        if isinstance(error, OSError | CheckpointError | TroubleError) and done:
             error.add_note(f"{done} of {len(self.steps)} steps are kept: resume to go on")
 
     def _outcome(self, target: Target) -> Outcome:
@@ -378,4 +391,6 @@ class _Job:
         if target.path in self.outcomes:
             return self.outcomes[target.path]
         # tied: the owner's tensors serve, so no bytes of its own
-        return Outcome(target.path, target.shape, spec, reason, 0 if spec is not None else None)
+        nbytes = 0 if spec is not None else None
+        trouble = self.copied.get(f"{target.path}.weight")
+        return Outcome(target.path, target.shape, spec, reason, nbytes, trouble=trouble)

@@ -28,7 +28,8 @@ class Policy:
     """What becomes of a module in trouble: ``fail`` ends the job, ``keep`` leaves it as it is, ``round`` quantizes it.
 
     Attributes:
-        nonfinite: the weight holds NaN or infinity; it can only be kept.
+        nonfinite: the weight holds NaN or infinity; it can only be kept. Of norms, biases and what the rules keep too,
+            where ``keep`` copies it, and says so.
         zero: every weight is zero; rounding it is exact.
         hessian: not positive definite after the greatest damping, or not finite; ``round`` then takes no Hessian.
         dead: some input channels were never excited by the calibration; with ``round`` those channels are rounded
@@ -92,11 +93,16 @@ def look_at(w: Tensor) -> str | None:
     return "zero" if not bool(low) and not bool(high) else None
 
 
-def in_words(kind: str, w: Tensor) -> str:
-    """What is wrong with a weight of which :func:`look_at` found ``kind``."""
+def nonfinite_weights(w: Tensor) -> int:
+    """How many are NaN or infinite."""
+    return int((~torch.isfinite(w)).sum())
+
+
+def in_words(kind: str, w: Tensor | int) -> str:
+    """What is wrong with a weight of which :func:`look_at` found ``kind``; an int: so many are NaN or infinite."""
     if kind == "zero":
         return "all its weights are zero"
-    return f"it holds {int((~torch.isfinite(w)).sum())} NaN or infinite weights"
+    return f"it holds {w if isinstance(w, int) else nonfinite_weights(w)} NaN or infinite weights"
 
 
 def plain(spec: QuantSpec) -> QuantSpec:

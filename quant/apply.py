@@ -58,9 +58,14 @@ class Outcome:
 
 @dataclass
 class Report:
-    """One :class:`Outcome` for every module that could have been quantized."""
+    """One :class:`Outcome` for every module that could have been quantized.
+
+    Attributes:
+        copied: of norms and biases, by their paths, what is wrong with them; the others are not in it.
+    """
 
     outcomes: list[Outcome] = field(default_factory=list)
+    copied: dict[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> list[Outcome]:
@@ -71,7 +76,7 @@ class Report:
         return [o for o in self.outcomes if o.spec is None]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"modules": [o.to_dict() for o in self.outcomes]}
+        return {"modules": [o.to_dict() for o in self.outcomes], "copied": self.copied}
 
 
 def find_targets(model: nn.Module) -> list[Target]:

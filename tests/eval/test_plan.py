@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -16,10 +18,11 @@ from brise.eval.memory import ledger_of_checkpoint
 from brise.eval.plan import Layout, parse_size
 from brise.model.reader import CheckpointReader
 from brise.model.source import open_source
-from brise.model.synth import SIZES
+from brise.model.stream import quantize_checkpoint
+from brise.model.synth import SIZES, Size, write_synth
 from brise.model.trouble import plain
 from brise.quant.apply import resolve
-from brise.quant.config import Calibration
+from brise.quant.config import Calibration, QuantConfig, QuantSpec, Rule
 from brise.quant.presets import PRESETS
 
 GIB = 1 << 30
@@ -52,6 +55,49 @@ def test_the_ledger_is_right_to_the_byte(tiny_checkpoint, tmp_path, config):
     assert {key: planned[key] for key in found} == found
     source = CheckpointReader(tiny_checkpoint)  # the head is tied, and is in no file
     assert planned["parameters"] == sum(torch.Size(source.info(n)[1]).numel() for n in source.names)
+
+
+INTEGERS = st.builds(
+    QuantSpec,
+    format=st.sampled_from(["int2", "int3", "int4", "int8"]),
+    group_size=st.sampled_from([None, 16, 32, 64]),
+    symmetric=st.booleans(),
+)
+CODEBOOKS = st.builds(
+    QuantSpec,
+    format=st.sampled_from(["nf4", "fp4", "int4"]),
+    group_size=st.sampled_from([16, 32, 64]),
+    double_quant=st.booleans(),
+)
+SPEC = st.none() | INTEGERS | CODEBOOKS
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("untied") / "src"
+    write_synth(Size(64, 192, 2, 4, 2, vocabulary=150), folder, None)
+    return folder
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    specs=st.fixed_dictionaries(dict.fromkeys(("*q_proj", "*mlp*", "*layers.1.*", "ends"), SPEC)),
+    shard=st.sampled_from([3000, 10**9]),
+    tied=st.booleans(),
+)
+def test_the_ledger_is_right_to_the_byte_whatever_the_rules(
+    tiny_checkpoint, untied, tmp_path, specs, shard, tied
+):
+    """Against the folder that is made, its files read by safetensors itself."""
+    ends = specs.pop("ends")
+    rules = [*specs.items(), ("*embed_tokens", ends), ("lm_head", ends)]
+    config = QuantConfig(tuple(Rule((match,), spec) for match, spec in rules))
+    src, out = tiny_checkpoint if tied else untied, tmp_path / "q"
+    ledger = Layout.of(open_source(src)).ledger(config)
+    assume(any(spec is not None for spec in [*specs.values(), ends]))
+    quantize_checkpoint(src, out, config, max_shard_bytes=shard, overwrite=True)
+    assert ledger.nbytes == tensor_bytes(out)
+    assert ledger.to_dict() == ledger_of_checkpoint(out).to_dict()
 
 
 class Described:
@@ -111,7 +157,16 @@ def test_the_ledger_in_words(tiny_checkpoint):
 
 @pytest.mark.parametrize(
     "text, nbytes",
-    [("3.5GiB", 3758096384), ("3.5GB", 3500000000), ("900MB", 900000000), ("12 B", 12), ("4.5bits", 450)],
+    [
+        ("3.5GiB", 3758096384),
+        ("3.5GB", 3500000000),
+        ("900MB", 900000000),
+        ("1.5MiB", 1572864),
+        ("7KiB", 7168),
+        ("7kB", 7000),
+        ("12 B", 12),
+        ("4.5bits", 450),
+    ],
 )
 def test_sizes(text, nbytes):
     assert parse_size(text, 800) == nbytes
@@ -135,9 +190,16 @@ def test_presets_that_fit_a_budget(tiny_checkpoint):
     for name, nbytes in sizes.items():
         assert run_json("plan", tiny_checkpoint, "-c", name)["bytes"] == nbytes
     assert "nf4" not in sizes and "int4-g32-all" in sizes  # nf4 keeps an embedding that is too large
-    assert run("plan", tiny_checkpoint, "--budget", "1kB", "--plain", code=1).stderr.startswith(
-        "brise: no preset fits"
-    )
+    assert all(not PRESETS[name].needs_calibration for name in sizes)
+    # a preset that takes the budget to the byte fits it; below the smallest that one is named, with what it takes
+    exact = run_json("plan", tiny_checkpoint, "--budget", f"{sizes['int4-g32-all']}B", "--plain")
+    assert next(iter(exact["budgets"].values()))["uniform"][0]["nbytes"] == sizes["int4-g32-all"]
+    least = min(sizes, key=lambda name: sizes[name])
+    says = f"no preset fits {sizes[least] - 1:,} bytes: the smallest, {least}, takes {sizes[least]:,} bytes"
+    words = ["plan", tiny_checkpoint, "--plain", "--budget", f"{sizes[least] - 1}B"]
+    assert says in " ".join(run(*words, code=1).stderr.split())
+    asked = run_json("plan", tiny_checkpoint, "--budget", "60kB")["budgets"]["60kB"]["uniform"]
+    assert asked and all(u["name"].startswith("gptq-") for u in asked)
 
 
 def test_a_mixture_that_fits_and_is_measured(tiny_checkpoint, tiny_text, tmp_path, monkeypatch):

@@ -123,6 +123,8 @@ def test_what_was_measured_is_not_measured_again(tiny_checkpoint, tmp_path, monk
     few = {"int4": QuantSpec(format="int4", group_size=64)}
     found = measure_sensitivities(source, IDS, few, tmp_path)
     assert all(found[p].keys() == {"int4"} and found[p]["int4"] != losses[p]["int4"] for p in losses)
+    named = {**SPECS, "int8": few["int4"]}  # the same names, another spec under one
+    assert measure_sensitivities(source, IDS, named, tmp_path) != losses
     changed = tmp_path / "changed"
     shutil.copytree(tiny_checkpoint, changed)
     tensors = load_file(changed / "model.safetensors")

@@ -61,7 +61,7 @@ def test_every_float_and_any_number_of_shards(tiny_checkpoint, tmp_path, dtype):
     assert one["model.norm.weight"].dtype == dtype
 
 
-@pytest.mark.parametrize("kind", ["plain", "tensor", "row", "block"])
+@pytest.mark.parametrize("kind", ["plain", "tensor", "row", "block", "one", "powers"])
 def test_float8_with_and_without_scales(tiny_checkpoint, tmp_path, kind):
     """Against the decoded weights in bf16: the very same codes, since they fit bf16."""
 
@@ -72,29 +72,30 @@ def test_float8_with_and_without_scales(tiny_checkpoint, tmp_path, kind):
                 out[name] = w.bfloat16()
                 continue
             rows, columns = w.shape
-            block = torch.full((-(-rows // 48), -(-columns // 48)), 0.25)
-            block[0, 0] = 0.5
+            high, wide = -(-rows // 24), -(-columns // 40)
+            block = 2.0 ** -(torch.arange(high * wide) % 4).view(high, wide)
             scale = {
                 "plain": None,
                 "tensor": torch.tensor(0.25),
                 "row": 2.0 ** -(torch.arange(rows) % 3 + 1.0)[:, None],
                 "block": block,
+                "one": torch.tensor(0.25),  # what transformers writes where weight_block_size is null
+                "powers": block.to(torch.float8_e8m0fnu),  # and under scale_fmt ue8m0
             }[kind]
             spread = 1.0 if scale is None else scale
-            if kind == "block":
-                spread = block.repeat_interleave(48, 0)[:rows].repeat_interleave(48, 1)[:, :columns]
+            if kind in ("block", "powers"):
+                spread = block.repeat_interleave(24, 0)[:rows].repeat_interleave(40, 1)[:, :columns]
             out[name] = (w / spread).to(torch.float8_e4m3fn)
             decoded[name] = (out[name].float() * spread).bfloat16()
             if scale is not None:
-                out[f"{name}_scale{'_inv' if kind == 'block' else ''}"] = scale
+                out[f"{name}_scale{'_inv' if kind in ('block', 'one', 'powers') else ''}"] = scale
             out[name.replace("weight", "input_scale")] = torch.tensor(1.0)
+            out[name.replace("weight", "activation_scale")] = torch.tensor(1.0)
         return out
 
     decoded: dict[str, torch.Tensor] = {}
-    config = {
-        "dtype": "bfloat16",
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": [48, 48]},
-    }
+    size = None if kind == "one" else [24, 40]
+    config = {"dtype": "bfloat16", "quantization_config": {"quant_method": "fp8", "weight_block_size": size}}
     src = rewrite(tiny_checkpoint, tmp_path / "f8", coded, config)
     plain = rewrite(
         tiny_checkpoint,
@@ -102,9 +103,17 @@ def test_float8_with_and_without_scales(tiny_checkpoint, tmp_path, kind):
         lambda tensors: {n: decoded.get(n, t.bfloat16()) for n, t in tensors.items()},
         {"dtype": "bfloat16"},
     )
+    source = open_source(src)
+    for name, w in decoded.items():  # rows as they are asked for, from the middle of a block on
+        for start, stop in ((0, 1), (23, 25), (30, w.shape[0])):
+            assert torch.equal(source.rows(name, start, stop).bfloat16(), w[start:stop]), name
+    # where the config names no dtype it is bf16, as of every model in float8
+    data = json.loads((src / "config.json").read_text())
+    (src / "config.json").write_text(json.dumps({k: v for k, v in data.items() if "dtype" not in k}))
     got, expected = made(src, tmp_path / "q8"), made(plain, tmp_path / "q")
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[n], expected[n]) for n in got)
+    assert open_source(src).info(f"{Q}.weight")[0] == torch.bfloat16
 
 
 def test_a_float8_scale_that_fits_nothing(tiny_checkpoint, tmp_path):
@@ -222,11 +231,14 @@ def test_own_files_that_make_no_mistral(consolidated, change, says):
 
 def test_the_first_models_had_a_window_and_said_no_theta(consolidated):
     params = json.loads((consolidated / "params.json").read_text())
+    before = open_source(consolidated).identity()
     for window, theta in ((4096, 1e4), (None, 1e6)):
         wanted = {k: v for k, v in params.items() if k != "rope_theta"} | {"sliding_window": window}
         (consolidated / "params.json").write_text(json.dumps(wanted))
         config = open_source(consolidated).config
         assert config["rope_parameters"]["rope_theta"] == theta and config["sliding_window"] == window
+    changed = open_source(consolidated).identity()  # or a job would be gone on with as another model's
+    assert [name for name in changed if changed[name] != before[name]] == ["params.json"]
 
 
 def test_double_and_missing_names_are_all_listed(tiny_checkpoint, tmp_path):

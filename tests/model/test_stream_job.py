@@ -86,6 +86,13 @@ def test_shards_say_nothing_of_how_they_were_filled(tiny_checkpoint, tmp_path):
     assert all(torch.equal(one.tensor(n), many.tensor(n)) for n in one.names)
 
 
+def test_a_shard_is_filled_to_the_last_byte():
+    """Sizes by hand: a tensor that just fits goes in, one byte more begins the next, a larger one is alone."""
+    sizes = {"a": 40, "b": 60, "c": 1, "d": 99, "e": 250, "f": 100}
+    planned = [shards.Planned(name, torch.uint8, (size,)) for name, size in sizes.items()]
+    assert [sorted(s.begins) for s in shards.lay_out(planned, 100)] == [["a", "b"], ["c", "d"], ["e"], ["f"]]
+
+
 def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bytes(tmp_path):
     script = Path(__file__).with_name("killed_jobs.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -287,7 +294,8 @@ def test_a_disk_that_fills_up_on_the_way(tiny_checkpoint, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(shards.os, "pwrite", filling)
         result = CliRunner().invoke(app, ["quantize", str(tiny_checkpoint), str(out), "-c", "nf4-dq-all"])
-    assert result.exit_code == 1 and "No space left on device" in result.stderr
+    assert result.exit_code == 1
+    assert f"{job_path(out) / 'folder'}: No space left on device" in result.stderr.replace("\n", "")
     if (job_path(out) / "journal").exists():
         assert "steps are kept: resume to go on" in result.stderr
     quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True)
@@ -332,7 +340,9 @@ def test_the_commands_options_reach_the_job(tiny_checkpoint, tmp_path, monkeypat
     }
 
 
-def test_a_torn_journal_loses_its_last_line_only(tiny_checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("torn", [lambda text: text[:-20], lambda text: text[:-9] + b"0" * 8 + b"\n"])
+def test_a_torn_journal_loses_its_last_line_only(tiny_checkpoint, tmp_path, monkeypatch, torn):
+    """A line that is cut short, and one of which a part never reached the disk."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         fail_at(patch, 3, OSError(errno.EIO, "planted"))
@@ -340,7 +350,13 @@ def test_a_torn_journal_loses_its_last_line_only(tiny_checkpoint, tmp_path, monk
             quantize_checkpoint(tiny_checkpoint, out, NF4)
     journal = job_path(out) / "journal"
     whole = journal.read_bytes()
-    journal.write_bytes(whole[:-20])
+    journal.write_bytes(torn(whole))
+    with monkeypatch.context() as patch:
+        seen = fail_at(patch, 3, OSError(errno.EIO, "planted"))
+        with pytest.raises(OSError):
+            quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True)
+    assert seen == [2, 3] and plain.PlainSteps is PlainSteps
+    # what was torn is gone, and the lines behind it are read
     seen = fail_at(monkeypatch, -1)
     quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True)
-    assert seen == [2, 3] and plain.PlainSteps is PlainSteps
+    assert seen == [3]

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from brise.cli.main import app
 from brise.kernels.cache_folder import cache_root
+from brise.model import synth
 from brise.model.checkpoint import load_model, load_tokenizer
 from brise.model.reader import CheckpointReader
 from brise.model.sentencepiece import merges_of, read_pieces, save_tokenizer
@@ -63,6 +64,21 @@ def test_the_values_are_those_of_the_definition():
     assert float(values[0]) == -0.004425048828125  # worked out once: it must never change
     assert all(min(abs(r / f - 1) for f in (1, 8, 16)) < 1 / 128 for r in ratios.tolist())
     assert float(ratios.median()) == pytest.approx(1, abs=1 / 128)
+
+
+def test_no_piece_of_a_tensor_is_another_one_again(monkeypatch):
+    """Each has a stream of its own: the third piece's words are those of Philox at its count."""
+    monkeypatch.setattr(synth, "_PIECE", 1024)
+    (tensor,) = [t for t in SMALL.tensors() if t.name == "model.embed_tokens.weight"]
+    draw = _Draw(tensor, 0)
+    pieces = [bytes(draw.piece(start)) for start in range(0, draw.count, 1024)]
+    assert len(set(pieces)) == len(pieces) == -(-draw.count // 1024)
+    key = np.frombuffer(hashlib.sha256(f"0 {tensor.name}".encode()).digest()[:16], dtype="<u8")
+    words = np.random.Philox(key=key, counter=[0, 0, 2, 0]).random_raw(16)
+    bits = words.astype("<u8").view("<i2").astype(int) + 32768
+    got = torch.frombuffer(bytearray(pieces[2]), dtype=torch.bfloat16)[:64].float()
+    expected = torch.tensor([NormalDist().inv_cdf((b + 0.5) / 65536) * 0.02 for b in bits])
+    torch.testing.assert_close(got, expected, rtol=1 / 128, atol=0.0)
 
 
 def test_the_weights_look_like_trained_ones(tmp_path):

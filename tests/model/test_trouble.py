@@ -82,9 +82,10 @@ def test_nan_and_infinity_fail_or_are_kept(spoil, tmp_path, config):
 def test_what_is_kept_after_all_is_as_if_a_rule_had_kept_it(spoil, tmp_path, config, shard):
     """The shards are laid out anew on the way; every tensor is the same, and no file is left of the first layout."""
     job = {"calibration": IDS if config is GPTQ else None, "max_shard_bytes": shard}
+    job["policy"] = Policy(nonfinite="keep")
     src, ruled = spoil(down=nan), QuantConfig((Rule((DOWN,), None), *config.rules), config.calibration)
     quantize_checkpoint(src, tmp_path / "ruled", ruled, **job)
-    quantize_checkpoint(src, tmp_path / "after", config, policy=Policy(nonfinite="keep"), **job)
+    quantize_checkpoint(src, tmp_path / "after", config, **job)
     names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("ruled", "after")]
     assert names[0] == names[1]
     one, other = CheckpointReader(tmp_path / "ruled"), CheckpointReader(tmp_path / "after")

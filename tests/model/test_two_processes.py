@@ -11,12 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from brise.model.reader import CheckpointReader
 
-DOWN = "model.layers.1.mlp.down_proj"
+DOWN, NORM = "model.layers.1.mlp.down_proj", "model.norm"
 
 
 @pytest.fixture(scope="module")
 def made(tiny_checkpoint, tmp_path_factory) -> Path:
-    """Folders ``1`` and ``2``: what one and two processes made of a model with a weight that has to be kept."""
+    """Folders ``1`` and ``2``: what one and two processes made of a model with weights that have to be kept.
+
+    The second process has the step of each.
+    """
     root = tmp_path_factory.mktemp("two")
     src = root / "src"
     src.mkdir()
@@ -24,6 +27,7 @@ def made(tiny_checkpoint, tmp_path_factory) -> Path:
         (src / path.name).write_bytes(path.read_bytes())
     tensors = load_file(src / "model.safetensors")
     tensors[f"{DOWN}.weight"][0, 0] = float("inf")
+    tensors[f"{NORM}.weight"][3] = float("nan")
     save_file(tensors, src / "model.safetensors", metadata={"format": "pt"})
     script = str(Path(__file__).with_name("two_processes.py"))
     running = []
@@ -45,6 +49,8 @@ def made(tiny_checkpoint, tmp_path_factory) -> Path:
 def test_plain_algorithms_give_the_same_bytes(made):
     one, two = ({p.name: p.read_bytes() for p in (made / n / "plain").iterdir()} for n in "12")
     assert one == two and len([name for name in one if name.startswith("model-")]) > 3
+    report = json.loads(two["quantization_report.json"])
+    assert report["copied"] == {NORM: "it holds 1 NaN or infinite weights"}
     reader = CheckpointReader(made / "2/plain")
     assert f"{DOWN}.weight" in reader.names and f"{DOWN}.qweight" not in reader.names
 

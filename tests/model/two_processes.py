@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from brise.model.group import current_group
 from brise.model.stream import quantize_checkpoint
 from brise.model.trouble import Policy
 from brise.quant.presets import PRESETS
@@ -14,6 +15,10 @@ IDS = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
 def jobs(src: Path, out: Path) -> None:
+    group = current_group()
+    sums = torch.tensor([1.0, 10.0]) * (group.rank + 1)
+    group.all_reduce(sums)
+    assert sums.tolist() == ([1.0, 10.0] if group.world == 1 else [3.0, 30.0])
     policy = Policy(nonfinite="keep")
     options = {"max_shard_bytes": 9000, "policy": policy}
     quantize_checkpoint(src, out / "plain", PRESETS["nf4-dq-all"], **options)

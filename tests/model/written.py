@@ -24,6 +24,7 @@ def tensors(fill=1):
         "flag": torch.tensor([True, False]),
         "strided": wide[::2, 1::3].double(),
         "eight": wide.to(torch.float8_e4m3fn),
+        "power": wide.abs().to(torch.float8_e8m0fnu),
         "other eight": wide.to(torch.float8_e5m2),
         **{f"z{d.itemsize}{d}": torch.arange(9).to(d) for d in INTEGERS},
         "ünï.weight": wide[:1].half(),
