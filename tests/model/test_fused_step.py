@@ -1,10 +1,6 @@
-"""The decode step in five launches a layer: the same text as the launches on their own and as transformers, and five."""
+"""The decode step in five launches a layer: the text of the launches on their own and of transformers, by five."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -240,4 +236,4 @@ def test_why_steps_are_not_fused_is_said(monkeypatch):
     monkeypatch.setattr(linear, "pack_weight", pack_weight)
     with pytest.raises(ValueError, match="int4 is in layout portable"):
         DecodeModel(model_of(INT4), fused=True)
-    assert tuning.STEP_ROWS <= min(tuning.CROSSOVER.values()), "beyond, no product is fused at all"
+    assert min(tuning.CROSSOVER.values()) >= tuning.STEP_ROWS, "beyond, no product is fused at all"
