@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels import decode_reference, fused_reference
 from ..kernels.budget import relative_error
@@ -43,7 +43,7 @@ def make_step(
     from ..model.decode_step import DecodeModel
     from ..model.static_cache import StaticRollingCache
 
-    model = random_model(SPECS[name], dtype, {**size, "num_hidden_layers": LAYERS}, device)
+    model: Any = random_model(SPECS[name], dtype, {**size, "num_hidden_layers": LAYERS}, device)
     fused = DecodeModel(model, rows=batch, fused=True)
     separate = copy.copy(fused)
     separate.fused = None
@@ -78,16 +78,16 @@ def make_step(
     )
 
 
-def plain_step(model: nn.Module, tokens: Tensor, attend: Any, dtype: torch.dtype) -> Tensor:
+def plain_step(model: Any, tokens: Tensor, attend: Any, dtype: torch.dtype) -> Tensor:
     """The hidden states [B, D] by dense weights and eager code in ``dtype``."""
     config, heads = model.config, attend.heads
     cos, sin = (t.to(dtype) for t in attend.turn)
     h = model.model.embed_tokens(tokens[:, 0]).to(dtype)
 
-    def norm(layer: nn.Module, x: Tensor) -> Tensor:
+    def norm(layer: Any, x: Tensor) -> Tensor:
         return fused_reference.rms_norm(x, layer.weight.to(dtype), config.rms_norm_eps)
 
-    def times(layer: nn.Module, x: Tensor) -> Tensor:
+    def times(layer: Any, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, layer.quantized().dequantize(dtype))
 
     for block, ring in zip(model.model.layers, attend.cache.layers):

@@ -121,8 +121,10 @@ def matmul_swiglu_kernel(
     pid_n = tl.program_id(0) // blocks_m
     pid_k = tl.program_id(1)
     row, tile = tl.arange(0, BN), tl.arange(0, BN // 16)
-    rows = pid_n * BH + row % BH + row // BH * width
-    tile_n = pid_n * TH + tile % TH + tile // TH * (width // 16)
+    # sixteen neighbours at a time, which the compiler cannot see by itself
+    rows = pid_n * BH + tl.where(row < BH, row, row - BH + width)
+    rows = tl.max_contiguous(tl.multiple_of(rows, 16), 16)
+    tile_n = pid_n * TH + tl.where(tile < TH, tile, tile - TH + width // 16)
     columns = pid_m * BM + tl.arange(0, BM)
     in_columns = columns < M
     if PARTS > 0:
@@ -165,6 +167,7 @@ def matmul_rope_kernel(
     row, tile = tl.arange(0, BN), tl.arange(0, BN // 16)
     pairs, tiles = pid_n * BH + row % BH, pid_n * TH + tile % TH
     rows = pairs // HALF * D + pairs % HALF + row // BH * HALF
+    rows = tl.max_contiguous(tl.multiple_of(rows, 16), 16)
     tile_n = tiles // TILES * (2 * TILES) + tiles % TILES + tile // TH * TILES
     columns = pid_m * BM + tl.arange(0, BM)
     in_columns = columns < M

@@ -97,7 +97,7 @@ def check_all(spec, m, dtype, sizes, device="cpu", **how):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_reference_keeps_the_budget(spec, dtype):
     check_all(spec, 5, dtype, ((72, 128, 48), (3, 1, 32, 6)))
     check_all(spec, 5, dtype, ((72, 128, 48), (3, 1, 32, 6)), batch_invariant=True)

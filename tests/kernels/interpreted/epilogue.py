@@ -1,5 +1,7 @@
 """Run by test_interpreted.py under TRITON_INTERPRET=1: the products with epilogues on the CPU, against float64."""
 
+import tempfile
+
 import torch
 from matmul import MAP, poison, weight
 
@@ -147,6 +149,30 @@ def check_split():
     assert launch._locks and not any(bool(c.any()) for sets in launch._locks.values() for c in sets)
 
 
+def check_far():
+    """Rows of the stream and of a ring more than 2^31 elements apart, in a sparse file."""
+    far, n, k = 2**31 + 64, 96, 64
+    tiles, _, _ = packed("int4", n, k, 64, torch.float16)
+    half, h, _ = stream(2, k, torch.float16)
+    before, at = torch.randn(2, n).half(), torch.tensor([3, 1])
+    cos, sin = torch.randn(2, 2, 1, 32).half()
+    near = [torch.zeros(2, 1, 5, 32).half() for _ in "kv"]
+    with tempfile.TemporaryDirectory() as folder:
+        whole = torch.from_file(f"{folder}/sparse", shared=True, size=far + 1000, dtype=torch.float16)
+        whole.as_strided((2, n), (far, 1)).copy_(before)
+        whole.as_strided((2, k), (far, 1), 100).copy_(h)
+        out = ops.matmul_residual(
+            whole.as_strided((2, k), (far, 1), 100), tiles, whole.as_strided((2, n), (far, 1)), impl="triton"
+        )
+        assert torch.equal(out[0], ops.matmul_residual(h, tiles, before, impl="triton")[0])
+        rings = [whole.as_strided((2, 1, 5, 32), (far, 160, 32, 1), place) for place in (200, 400)]
+        q = ops.matmul_rope_cache_write(half, tiles, cos, sin, at, *rings, EPS, impl="triton")
+        assert torch.equal(
+            q, ops.matmul_rope_cache_write(half, tiles, cos, sin, at, *near, EPS, impl="triton")
+        )
+        assert all(torch.equal(a, b) and bool(b.any()) for a, b in zip(rings, near))
+
+
 if __name__ == "__main__":
     assert launch.interpreting()
     torch.manual_seed(0)
@@ -172,4 +198,5 @@ if __name__ == "__main__":
     check_rope("int4", 5, 2, 64, 130, 130, torch.tensor([0, 63, 9] * 6), 1, 8, half, symmetric=False)
     check_rope("int3", 2, 2, 32, 64, 64, torch.tensor([3]), 1, 4, half, normed=False)
     check_split()
+    check_far()
     print("interpreted epilogues: all within budget")
