@@ -11,6 +11,8 @@ from .variants_matmul import matmul_variant
 
 # rooms for the partial sums of squares of 4096 channels
 _PARTS = 64
+# the widest block that leaves registers for an epilogue on every architecture
+_MOST_TOKENS = 32
 _KERNELS = {
     "residual": matmul_residual_kernel,
     "swiglu": matmul_swiglu_kernel,
@@ -57,8 +59,8 @@ def _variant(
 
 
 def variants() -> list[Variant]:
-    """bf16 with the norms half done, fp16 without; every block of up to :data:`.tuning.STEP_ROWS` tokens."""
-    configs = [config for limit, config in tuning.MATMUL if limit <= tuning.STEP_ROWS]
+    """bf16 with the norms half done, fp16 without; and what was found for an architecture."""
+    configs = [config for _, config in tuning.MATMUL if config.bm <= _MOST_TOKENS]
     one = configs[0]
     out = []
     for kind in _KERNELS:
@@ -77,6 +79,10 @@ def variants() -> list[Variant]:
         out.append(_variant(kind, "nf4", 64, "bf16", one, True))
         out.append(_variant(kind, "int8", 0, "bf16", one, True))
         out += [_variant(kind, fmt, 64, "bf16", one, True) for fmt in ("int3", "int2")]
+    for fmt, config in tuning.tuned_configs():
+        if config.bm <= _MOST_TOKENS:
+            group = {"int4": 128, "int8": 0}.get(fmt, 64)
+            out += [_variant(kind, fmt, group, "bf16", config, True) for kind in _KERNELS]
     # as the output and down projections have it, which need not be fused
     out.append(_variant("residual", "nf4", 64, "bf16", one, True, DOUBLE=True))
     out += [_variant("rope", "int4", 128, "bf16", one, True, head_dim=width) for width in (64, 96)]

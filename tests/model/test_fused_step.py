@@ -103,16 +103,16 @@ def test_the_text_is_that_of_transformers_and_of_separate_launches(spec, window)
         assert written(engine_of(model_of(spec, sliding_window=window), fused), texts) == wanted
 
 
-def logits_of(dtype, fused, **options):
+def logits_of(dtype, fused, device="cpu", **options):
     """Of three steps with given tokens: a step alike whichever token the one before would have chosen."""
-    engine = engine_of(model_of(INT4, dtype=dtype), fused, **options)
+    engine = engine_of(model_of(INT4, dtype=dtype).to(device), fused, **options)
     begin(engine, prompts())
     out = []
     for step in range(3):
-        tokens = torch.tensor([[7 + step], [20], [33 + step]])
+        tokens = torch.tensor([[7 + step], [20], [33 + step]], device=device)
         with torch.inference_mode():
-            written = torch.ones(3, dtype=torch.int32)
-            out.append(engine._forward(engine.cache, tokens, written).float())
+            written = torch.ones(3, dtype=torch.int32, device=device)
+            out.append(engine._forward(engine.cache, tokens, written).float().cpu())
     return torch.cat(out)
 
 
@@ -128,6 +128,19 @@ def test_half_precision_is_no_worse_than_separate_launches(dtype):
     exact = logits_of(torch.float32, False)
     errors = [float((logits_of(dtype, fused) - exact).norm()) for fused in (True, False)]
     assert 0 < errors[0] <= 2 * errors[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu_it_is_the_default_and_runs_in_a_graph(dtype):
+    exact = logits_of(torch.float32, False)
+    errors = [float((logits_of(dtype, fused, "cuda") - exact).norm()) for fused in (True, False)]
+    assert 0 < errors[0] <= 2 * errors[1]
+    made = DecodeModel(model_of(INT4, dtype=dtype).cuda(), rows=3)
+    assert made.fused is not None and made.fused.rows == tuning.STEP_ROWS
+    texts = prompts()
+    first, second = (written(DecodeEngine(made, rows=3, length=40), texts) for _ in "ab")
+    assert first == second
 
 
 def test_drafts_are_verified_as_by_separate_launches():
@@ -218,7 +231,7 @@ def test_why_steps_are_not_fused_is_said(monkeypatch):
         (model_of(None), "quantized"),
         (model_of(QuantSpec(format="nf4", group_size=16, double_quant=True)), "offset for each weight"),
         (model_of(INT4, hidden_act="gelu"), "gelu is no silu"),
-        (model_of(INT4, head_dim=24), "heads of 24"),
+        (model_of(INT4, head_dim=16), "heads of 16"),
     ):
         assert DecodeModel(model).fused is None
         with pytest.raises(ValueError, match=why):

@@ -5,7 +5,7 @@ import tempfile
 import torch
 from matmul import MAP, poison, weight
 
-from brise.kernels import epilogue_reference, fused_reference, launch, ops, reference
+from brise.kernels import epilogue_reference, fused_reference, launch, ops, reference, tuning
 from brise.kernels.budget import check_budget
 
 EPS = 1e-5
@@ -119,6 +119,15 @@ def check_rope(fmt, heads, groups, width, k, group, positions, tokens, slots, dt
     return q, rings
 
 
+def check_wide():
+    """Programs of 128 rows: two partial sums of squares each, and a whole head."""
+    usual, tuning.MATMUL = tuning.MATMUL, ((tuning.ALL, tuning.MatmulConfig(16, bn=128)),)
+    check_residual("int4", 200, 128, 64, 5, torch.float16)
+    check_swiglu("int4", 80, 128, 128, 3, torch.float16)
+    check_rope("int4", 2, 1, 128, 128, 64, torch.tensor([6, 0]), 1, 4, torch.float16)
+    tuning.MATMUL = usual
+
+
 def check_split():
     """Enough steps along K that the sum is split, twice: the same bits, and the counters left at zero."""
 
@@ -197,6 +206,7 @@ if __name__ == "__main__":
     check_rope("int8", 1, 1, 128, 72, 72, torch.tensor([2]), 9, 5, single)
     check_rope("int4", 5, 2, 64, 130, 130, torch.tensor([0, 63, 9] * 6), 1, 8, half, symmetric=False)
     check_rope("int3", 2, 2, 32, 64, 64, torch.tensor([3]), 1, 4, half, normed=False)
+    check_wide()
     check_split()
     check_far()
     print("interpreted epilogues: all within budget")
