@@ -98,7 +98,7 @@ def matmul_rope_cache_write(
         x: [B * T, K], or half-normed, then with the norm's ``eps``.
         w: H heads of queries, KV of keys, KV of values, each D rows, D a multiple of 32.
         cos, sin: [B or 1, T, D], of x's dtype.
-        positions: int32 or int64 [B], of the first of T neighbouring tokens; negative: the row writes nothing.
+        positions: int32 or int64 [B], of the first of T <= W neighbouring tokens; negative: the row writes nothing.
         keys, values: the rings [B, KV, W, D], of x's dtype, changed in place as by ``rope_cache_write``. Not int8:
             its scale is that of a whole head, which may lie in two programs.
     Returns:
@@ -273,6 +273,10 @@ def _check_rope(x, n: int, cos, sin, positions, keys, values) -> int:
         same_device(x, t, name)
     check_positions("positions", positions, (batch,), x.device)
     check_ring(keys, values, None, None, batch, width, x.dtype, x.device)
+    if tokens > keys.shape[2]:
+        raise ValueError(
+            f"{tokens} tokens do not fit into a ring of {keys.shape[2]} slots: read them as a prompt"
+        )
     heads = n // width - 2 * keys.shape[1]
     if n % width or heads < 1:
         raise ValueError(

@@ -155,7 +155,7 @@ def matmul_rope_kernel(
     STAGES: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """W holds H heads of queries, KV of keys and KV of values, D rows each, D a multiple of 32: q [M, H, D] rotated,
-    k rotated and v into slot p % W of the rings. M is B * T; positions [B] are those of the first of T tokens."""
+    k rotated and v into slot p % W of the rings. M is B * T; positions [B] are those of the first of T <= W tokens."""
     BH: tl.constexpr = BN // 2
     TH: tl.constexpr = BN // 32
     HALF: tl.constexpr = D // 2
@@ -198,10 +198,9 @@ def matmul_rope_kernel(
         q_at = q_ptr + (columns.to(tl.int64)[None, :] * H + head) * D + d
         _store(q_at, low, high, (head < H) & in_columns[None, :], HALF)
         first = tl.load(position_ptr + b, mask=in_columns, other=-1).to(tl.int64)
-        p = tl.where(first < 0, -1, first + t)
-        # of positions that share a slot only the newest can be in the ring; a negative one is padding
-        write = ((p >= 0) & (p > first + T - 1 - W))[None, :]
-        slot = tl.maximum(p, 0) % W
+        # a row whose position is negative rests
+        write = (first >= 0)[None, :]
+        slot = (tl.maximum(first, 0) + t) % W
         key = (head - H).to(tl.int64)
         key_at = keys_ptr + (b * skb + slot * skw)[None, :] + key * skh + d
         _store(key_at, low, high, write & (head >= H) & (head < H + KV), HALF)

@@ -190,6 +190,9 @@ def test_bad_input_is_refused_with_its_values():
     refuse(r"positions must be torch.int32", rope, x, w, cos, sin, at.float(), *rings, error=TypeError)
     refuse(r"the ring must be \[2, KV, W, 32\]", rope, x, w, cos, sin, at, *(r[:1] for r in rings))
     refuse(r"int8 keys need their scales", rope, x, w, cos, sin, at, *(r.to(torch.int8) for r in rings))
+    turns = rotary(2, 6, 32, torch.float32)
+    wide = x.repeat(6, 1)
+    refuse(r"6 tokens do not fit into a ring of 5 slots", rope, wide, w, *turns, at, *rings)
     many = [torch.zeros(2, 2, 5, 32) for _ in "kv"]
     refuse(r"must hold H \+ 2 \* 2 heads of 32 rows.*got 128 rows", rope, x, w, cos, sin, at, *many)
     refuse(r"impl='triton' needs a GPU tensor", swiglu, half, w, impl="triton")
