@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..kernels import tuning
-from . import gpu_attention, gpu_decode, gpu_generate, gpu_matmul
+from . import gpu_attention, gpu_decode, gpu_generate, gpu_matmul, gpu_step
 from .gpu_protocol import Case, GraphTimer, RowFile, Timer, ceilings, measure
 from .gpu_table import markdown
 from .gpu_tune import tune
@@ -30,6 +30,7 @@ FAMILIES: tuple[Callable[[], list[Case]], ...] = (
     gpu_matmul.cases,
     gpu_attention.cases,
     gpu_decode.cases,
+    gpu_step.cases,
     gpu_generate.cases,
 )
 

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import variants_attention, variants_decode, variants_fused, variants_matmul
+from . import variants_attention, variants_decode, variants_epilogue, variants_fused, variants_matmul
 from .variant import Variant
 
 ARCHITECTURES = (80, 90)
@@ -124,5 +124,5 @@ def _longest_loop(sass: str) -> list[str]:
 
 def variants() -> list[Variant]:
     """Every configuration that ships."""
-    families = (variants_matmul, variants_attention, variants_decode, variants_fused)
+    families = (variants_matmul, variants_epilogue, variants_attention, variants_decode, variants_fused)
     return [variant for family in families for variant in family.variants()]

@@ -3,7 +3,10 @@ launched."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -74,6 +77,63 @@ def _plane_bytes(fmt: str, n: int, k: int) -> int:
     return rows * columns * 256 if fmt == "int3" else 0
 
 
+@dataclass(frozen=True)
+class Plan:
+    """One product's launch: the grid, and the arguments that every kernel around ``accumulate`` has in common."""
+
+    grid: tuple[int, int]
+    work: Tensor
+    locks: Tensor
+    weight: tuple[Tensor | None, ...]
+    sizes: tuple[int, ...]
+    options: dict[str, Any]
+
+
+def plan(
+    x: Tensor,
+    fmt: str,
+    n: int,
+    t: Sequence[Tensor | None],
+    batch_invariant: bool,
+    config: tuning.MatmulConfig | None = None,
+) -> Plan:
+    """How x [M, K], M and N of at least 1, is multiplied by a tiled weight [N, K]: by ``config``, or by the tables.
+
+    Args:
+        t: the weight's tensors in the order of :data:`.checks.TENSORS`.
+    """
+    m, k = x.shape
+    qweight, scales, zeros, absmax, offset, scale_map = t[:6]
+    assert qweight is not None and scales is not None
+    groups = scales.shape[0]
+    group = 0 if groups == 1 else k // groups
+    if config is None:
+        table = tuning.matmul_table(fmt, architecture(x.device))
+        config = tuning.MATMUL_INVARIANT if batch_invariant else tuning.by_tokens(table, m)
+    bk = tuning.block_k(config, group)
+    blocks_n, blocks_m = triton.cdiv(n, config.bn), triton.cdiv(m, config.bm)
+    blocks_for_split = 1 if batch_invariant else blocks_m
+    split = tuning.splits(n, k, blocks_for_split, config, bk, _multiprocessors(x.device))
+    # a pointer is needed even where nothing is stored
+    work, locks = scales, scales
+    if split > 1:
+        work = torch.empty(
+            blocks_n * blocks_m * split * config.bn * config.bm, dtype=torch.float32, device=x.device
+        )
+        locks = counters(x.device, blocks_n * blocks_m)
+    book = _codebook(fmt, x.device) if fmt in CODEBOOKS else scales
+    options = {
+        "FORMAT": fmt, "GROUP": group, "ZERO": zeros is not None, "DOUBLE": absmax is not None,
+        "BN": config.bn, "BK": bk, "BM": config.bm, "SPLIT": split, "STAGES": config.stages,
+        "EVEN": n % config.bn == 0 and k % bk == 0, "DTYPE": DTYPES[x.dtype], "ASM": _use_asm(x.device, x.dtype),
+        "num_warps": config.warps,
+    }  # fmt: skip
+    return Plan(
+        (blocks_n * blocks_m, split), work, locks, (qweight, scales, zeros, absmax, offset, scale_map, book),
+        (m, n, k, groups, x.stride(0), x.stride(1), _plane_bytes(fmt, n, k)), options,
+    )  # fmt: skip
+
+
 def matmul(
     x: Tensor,
     fmt: str,
@@ -89,32 +149,14 @@ def matmul(
     config: tuning.MatmulConfig | None = None,
 ) -> Tensor:
     """x [M, K] (any strides) times a tiled weight [N, K] -> [M, N]; by ``config`` rather than by the tables."""
-    m, k = x.shape
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if m == 0 or n == 0:
+    y = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
         return y
-    groups = scales.shape[0]
-    group = 0 if groups == 1 else k // groups
-    if config is None:
-        table = tuning.matmul_table(fmt, architecture(x.device))
-        config = tuning.MATMUL_INVARIANT if batch_invariant else tuning.by_tokens(table, m)
-    bk = tuning.block_k(config, group)
-    blocks_n, blocks_m = triton.cdiv(n, config.bn), triton.cdiv(m, config.bm)
-    blocks_for_split = 1 if batch_invariant else blocks_m
-    split = tuning.splits(n, k, blocks_for_split, config, bk, _multiprocessors(x.device))
-    work = locks = y
-    if split > 1:
-        work = torch.empty(blocks_n * blocks_m * split * config.bn * config.bm, device=x.device)
-        locks = counters(x.device, blocks_n * blocks_m)
-    asm = _use_asm(x.device, x.dtype)
-    book = _codebook(fmt, x.device) if fmt in CODEBOOKS else scales
-    matmul_kernel[(blocks_n * blocks_m, split)](
-        x, qweight, scales, zeros, absmax, offset, scale_map, book, bias, y, work, locks,
-        m, n, k, groups, x.stride(0), x.stride(1), _plane_bytes(fmt, n, k),
-        FORMAT=fmt, GROUP=group, ZERO=zeros is not None, DOUBLE=absmax is not None, BIAS=bias is not None,
-        BN=config.bn, BK=bk, BM=config.bm, SPLIT=split, STAGES=config.stages,
-        EVEN=n % config.bn == 0 and k % bk == 0, DTYPE=DTYPES[x.dtype], ASM=asm, num_warps=config.warps,
-    )  # fmt: skip
+    t = (qweight, scales, zeros, absmax, offset, scale_map)
+    how = plan(x, fmt, n, t, batch_invariant, config)
+    matmul_kernel[how.grid](
+        x, *how.weight, bias, y, how.work, how.locks, *how.sizes, BIAS=bias is not None, **how.options
+    )
     return y
 
 

@@ -119,29 +119,18 @@ def _scales(s_ptr, absmax_ptr, offset_ptr, map_ptr, row, group, mask, N, G, DOUB
 
 
 @triton.jit
-def matmul_kernel(
-    x_ptr, w_ptr, s_ptr, z_ptr, absmax_ptr, offset_ptr, map_ptr, book_ptr, bias_ptr, y_ptr, work_ptr,
-    lock_ptr, M, N, K, G, sxm, sxk, plane_bytes,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, DOUBLE: tl.constexpr, BIAS: tl.constexpr,
+def accumulate(
+    x_ptr, w_ptr, s_ptr, z_ptr, absmax_ptr, offset_ptr, map_ptr, book_ptr, tile_n, rows, in_rows, columns,
+    in_columns, pid_k, N, K, G, sxm, sxk, plane_bytes,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, DOUBLE: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     EVEN: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """GROUP is 0 for one scale a row, else a power of two below 64 or a multiple of BK. EVEN: BN divides N,
-    BK K."""
-    NB: tl.constexpr = BN // 16
+    """Split ``pid_k`` of the sums, fp32 [BN, BM]: BN rows of the weight by BM tokens. ``tile_n`` [BN / 16] are the
+    tiles of ``rows``, which need not be neighbours; see :func:`matmul_kernel` for the rest."""
     KB: tl.constexpr = BK // 64
-    blocks_m = tl.cdiv(M, BM)
-    pid_m = tl.program_id(0) % blocks_m
-    pid_n = tl.program_id(0) // blocks_m
-    pid_k = tl.program_id(1)
     tiles_n = tl.cdiv(N, 16)
     tiles_k = tl.cdiv(K, 64)
-
-    rows = pid_n * BN + tl.arange(0, BN)
-    columns = pid_m * BM + tl.arange(0, BM)
-    tile_n = pid_n * NB + tl.arange(0, NB)
-    in_rows = rows < N
-    in_columns = columns < M
     x_row = x_ptr + columns.to(tl.int64)[None, :] * sxm
     acc = tl.zeros((BN, BM), tl.float32)
     sums = tl.zeros((BN, BM), tl.float32)
@@ -160,7 +149,7 @@ def matmul_kernel(
                 x_row + ks.to(tl.int64)[:, None] * sxk, mask=in_columns[None, :] & (ks < K)[:, None], other=0
             )
             w_mask = (tile_n < tiles_n)[:, None] & (tile_k < tiles_k)[None, :]
-        w = _decode(w_ptr, plane_bytes, book_ptr, tile, w_mask, FORMAT, NB, KB, DTYPE, ASM)
+        w = _decode(w_ptr, plane_bytes, book_ptr, tile, w_mask, FORMAT, BN // 16, KB, DTYPE, ASM)
         x = x.to(DTYPE)
         if GROUP == 0:
             acc = tl.dot(w, x, acc, input_precision="ieee")
@@ -193,6 +182,35 @@ def matmul_kernel(
         if ZERO:
             acc -= sums * _centred(tl.load(z_ptr + rows, mask=in_rows, other=0), FORMAT)[:, None]
         acc = acc * s[:, None]
+    return acc
+
+
+@triton.jit
+def matmul_kernel(
+    x_ptr, w_ptr, s_ptr, z_ptr, absmax_ptr, offset_ptr, map_ptr, book_ptr, bias_ptr, y_ptr, work_ptr,
+    lock_ptr, M, N, K, G, sxm, sxk, plane_bytes,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, DOUBLE: tl.constexpr, BIAS: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """GROUP is 0 for one scale a row, else a power of two below 64 or a multiple of BK. EVEN: BN divides N,
+    BK K."""
+    NB: tl.constexpr = BN // 16
+    blocks_m = tl.cdiv(M, BM)
+    pid_m = tl.program_id(0) % blocks_m
+    pid_n = tl.program_id(0) // blocks_m
+    pid_k = tl.program_id(1)
+
+    rows = pid_n * BN + tl.arange(0, BN)
+    columns = pid_m * BM + tl.arange(0, BM)
+    tile_n = pid_n * NB + tl.arange(0, NB)
+    in_rows = rows < N
+    in_columns = columns < M
+    acc = accumulate(
+        x_ptr, w_ptr, s_ptr, z_ptr, absmax_ptr, offset_ptr, map_ptr, book_ptr, tile_n, rows, in_rows, columns,
+        in_columns, pid_k, N, K, G, sxm, sxk, plane_bytes, FORMAT, GROUP, ZERO, DOUBLE, BN, BK, BM, SPLIT, STAGES,
+        EVEN, DTYPE, ASM,
+    )  # fmt: skip
 
     y_at = y_ptr + columns.to(tl.int64)[None, :] * N + rows[:, None]
     y_mask = in_columns[None, :] & in_rows[:, None]

@@ -73,6 +73,12 @@ INT8_OUTLIERS: Table = (
 # tokens above which dequantize + library product is used; estimates (no GPU has timed them)
 CROSSOVER = {"int4": 256, "nf4": 128, "fp4": 128, "int8": 256, "int3": 64, "int2": 64}
 
+# rows up to which a decode step takes norms, residuals, SwiGLU and RoPE into the products (model/fused_step.py); 0:
+# never. The blocks of more rows fill the registers by themselves. An estimate as well: five launches a layer for nine,
+# and nothing in between that is written and read again. ``brise bench gpu`` times both (family "step"); where the
+# launches on their own are faster, this is to be 0
+STEP_ROWS = 32
+
 _TUNED = Path(__file__).parent / "tuned"
 
 # multiprocessors assumed where the device does not say (an H100 or H200 has 132)

@@ -14,7 +14,8 @@ from .variant import Variant
 _DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16}
 
 
-def _matmul(fmt: str, group: int, dtype: str, config: tuning.MatmulConfig, **changes: Any) -> Variant:
+def matmul_variant(fmt: str, group: int, dtype: str, config: tuning.MatmulConfig, **changes: Any) -> Variant:
+    """The plain product; BIAS, SPLIT and the like by ``changes``."""
     options = {"ZERO": False, "DOUBLE": False, "BIAS": False, "SPLIT": 1, "EVEN": True} | changes
     bk = tuning.block_k(config, group)
     marks = [key.lower() for key in ("ZERO", "DOUBLE", "BIAS") if options[key]]
@@ -45,29 +46,33 @@ def matmul_variants() -> list[Variant]:
     """What launch.py starts: every format, group mode and token block in fp16, the frequent ones in bf16."""
     configs = [config for _, config in tuning.MATMUL]
     one = configs[0]
-    out = [_matmul("int4", 128, dtype, config) for dtype in ("fp16", "bf16") for config in configs]
-    out += [_matmul("int4", group, "fp16", one, ZERO=zero) for group in (32, 64, 0) for zero in (False, True)]
+    out = [matmul_variant("int4", 128, dtype, config) for dtype in ("fp16", "bf16") for config in configs]
     out += [
-        _matmul("int4", 128, "fp16", one, SPLIT=4),
-        _matmul("int4", 128, "fp16", one, ZERO=True, BIAS=True),
+        matmul_variant("int4", group, "fp16", one, ZERO=zero)
+        for group in (32, 64, 0)
+        for zero in (False, True)
     ]
-    out += [_matmul("int4", 128, "fp16", one, EVEN=False)]
+    out += [
+        matmul_variant("int4", 128, "fp16", one, SPLIT=4),
+        matmul_variant("int4", 128, "fp16", one, ZERO=True, BIAS=True),
+    ]
+    out += [matmul_variant("int4", 128, "fp16", one, EVEN=False)]
     for fmt in ("nf4", "fp4"):
-        out += [_matmul(fmt, 64, dtype, one) for dtype in ("fp16", "bf16")]
-    out += [_matmul("nf4", 64, "fp16", config) for config in configs[1:]]
-    out += [_matmul("nf4", 64, dtype, one, DOUBLE=True, SPLIT=4) for dtype in ("fp16", "bf16")]
-    out += [_matmul("int8", 0, dtype, one) for dtype in ("fp16", "bf16")]
-    out += [_matmul("int8", 0, "fp16", config) for config in configs[1:]]
-    out += [_matmul(fmt, 64, dtype, one) for fmt in ("int3", "int2") for dtype in ("fp16", "bf16")]
+        out += [matmul_variant(fmt, 64, dtype, one) for dtype in ("fp16", "bf16")]
+    out += [matmul_variant("nf4", 64, "fp16", config) for config in configs[1:]]
+    out += [matmul_variant("nf4", 64, dtype, one, DOUBLE=True, SPLIT=4) for dtype in ("fp16", "bf16")]
+    out += [matmul_variant("int8", 0, dtype, one) for dtype in ("fp16", "bf16")]
+    out += [matmul_variant("int8", 0, "fp16", config) for config in configs[1:]]
+    out += [matmul_variant(fmt, 64, dtype, one) for fmt in ("int3", "int2") for dtype in ("fp16", "bf16")]
     groups = {"int4": 128, "int8": 0}
     for fmt, config in tuning.tuned_configs():
-        out += [_matmul(fmt, groups.get(fmt, 64), dtype, config) for dtype in ("fp16", "bf16")]
+        out += [matmul_variant(fmt, groups.get(fmt, 64), dtype, config) for dtype in ("fp16", "bf16")]
     return out
 
 
 def other_variants() -> list[Variant]:
     """Dequantization, and the int8 x int8 product with its quantization of tokens."""
-    base = _matmul("int4", 128, "fp16", tuning.MATMUL[0][1])
+    base = matmul_variant("int4", 128, "fp16", tuning.MATMUL[0][1])
     out = []
     for fmt, group in (("int4", 128), ("nf4", 64), ("int8", 0), ("int3", 64), ("int2", 64)):
         names = dequantize_kernel.arg_names

@@ -15,6 +15,7 @@ from ..quant.linear import QuantEmbedding
 from .backbone import MistralModel
 from .decode_attend import Attention, Heads
 from .fused_linears import Projection, project
+from .fused_step import FusedStep, fused_step
 from .mistral import MistralForCausalLM
 from .rope import CosSin, head_dim_of
 from .static_cache import StaticRollingCache
@@ -45,6 +46,7 @@ class DecodeModel:
         rows: that are multiplied at once in a decode step.
         invariant: no row of a step depends, in any bit, on the others.
         repack: on a CPU, copy dense fp32 weights into the layout that is fastest there, and scales into fp32.
+        fused: on a GPU, steps in five launches a layer, see :func:`.fused_step.fused_step`.
 
     Attributes:
         separate: path of a block's layers -> why they could not be fused.
@@ -53,11 +55,17 @@ class DecodeModel:
 
     Raises:
         TypeError: another architecture.
-        ValueError: RoPE of a type whose angles change with the length of the text.
+        ValueError: RoPE of a type whose angles change with the length of the text, or ``fused`` where it cannot be.
     """
 
     def __init__(
-        self, model: nn.Module, *, rows: int = 1, invariant: bool = False, repack: bool = True
+        self,
+        model: nn.Module,
+        *,
+        rows: int = 1,
+        invariant: bool = False,
+        repack: bool = True,
+        fused: bool | None = None,
     ) -> None:
         if not isinstance(model, MistralForCausalLM):
             raise TypeError(
@@ -114,6 +122,8 @@ class DecodeModel:
                     where.append(LayerWeights(norms[0], qkv, o, norms[1], gate_up, down))
             self.head, self.chunk_head = project(model, ("lm_head",), **options)
             self._note("lm_head", self.head)
+            self.fused: FusedStep | None = fused_step(self, fused)
+        self.lean = self.lean and self.fused is None
 
     def _note(self, path: str, made: Projection) -> None:
         self.repacked_bytes += made.nbytes
@@ -133,6 +143,8 @@ class DecodeModel:
         """
         x = self._embed(tokens)
         batch, length, width = x.shape
+        if not chunk and self.fused is not None and self.fused.takes(attend, batch * length):
+            return self.fused.hidden(x, attend)  # type: ignore[arg-type]
         x = x.flatten(0, 1)
         branch: Tensor | None = None
         for i, w in enumerate(self.chunks if chunk else self.steps):

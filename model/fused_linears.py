@@ -31,14 +31,20 @@ class Projection:
     Attributes:
         separate: why the layers are multiplied one by one; None where they are one.
         nbytes: of what was stored a second time.
+        whole: the quantized layer that is multiplied by, where it is one.
     """
 
     def __init__(
-        self, product: Callable[[Tensor], Tensor], separate: str | None = None, nbytes: int = 0
+        self,
+        product: Callable[[Tensor], Tensor],
+        separate: str | None = None,
+        nbytes: int = 0,
+        whole: QuantLinear | None = None,
     ) -> None:
         self.product = product
         self.separate = separate
         self.nbytes = nbytes
+        self.whole = whole
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.product(x)
@@ -134,8 +140,9 @@ def _quantized(
     def products(fixed: bool) -> list[Callable[[Tensor], Tensor]]:
         return [_product(layer, fixed) for layer in wholes]
 
-    prompts = Projection(_one_by_one(products(False)), separate)
-    return (Projection(_one_by_one(products(True)), separate) if invariant else prompts), prompts
+    one = wholes[0] if len(wholes) == 1 else None
+    prompts = Projection(_one_by_one(products(False)), separate, whole=one)
+    return (Projection(_one_by_one(products(True)), separate, whole=one) if invariant else prompts), prompts
 
 
 def _product(layer: QuantLinear, invariant: bool) -> Callable[[Tensor], Tensor]:

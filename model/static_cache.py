@@ -146,8 +146,21 @@ class StaticRollingCache(Cache):
         """
         ring = self.layers[layer_idx]
         q, _ = rope_cache_write(q, k, v, cos, sin, positions, **ring.tensors, impl=impl)
+        return self.attend(layer_idx, q, scale=scale, batch_invariant=batch_invariant, impl=impl)
+
+    def attend(
+        self,
+        layer_idx: int,
+        q: Tensor,
+        *,
+        scale: float | None = None,
+        batch_invariant: bool = False,
+        impl: str = "auto",
+    ) -> Tensor:
+        """Attention of the newest positions, which are in the ring: rotated q [B, T, H, D] -> the context."""
+        rows = self.rows
         return decode_attention(
-            q, **ring.tensors, seen=self.rows.seen, start=self.rows.start, window=self.rows.reach, scale=scale,
+            q, **self.layers[layer_idx].tensors, seen=rows.seen, start=rows.start, window=rows.reach, scale=scale,
             impl=impl, batch_invariant=batch_invariant,
         )  # fmt: skip
 

@@ -169,6 +169,11 @@ class QuantLinear(_Quantized, nn.Linear):
             self._prepared = (*self._prepared, dtype)
         return True
 
+    def packed(self, dtype: torch.dtype) -> PackedWeight:
+        """The weight as it multiplies activations of ``dtype``, made ready; it shares this module's storage."""
+        self.prepare(dtype)
+        return self._weight(self.layout)
+
     def _pack(self, dtype: torch.dtype) -> None:
         stored = super().quantized().tensors
         # a copy: a buffer can be changed from outside, the table of all formats must not be

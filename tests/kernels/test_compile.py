@@ -20,6 +20,9 @@ CHECKED = {
     "matmul-nf4-g64-fp16-m16-double-split": (90,),
     "matmul-int8-row-bf16-m16": (80, 90),
     "matmul-int3-g64-fp16-m16": (90,),
+    "matmul-residual-int4-g128-bf16-m16-split-normed": (90,),
+    "matmul-swiglu-int4-g128-bf16-m16-normed": (90,),
+    "matmul-rope-int4-g128-bf16-m16-split-normed": (80,),
     "dequantize-nf4-fp16": (90,),
     "int8-dynamic-m64": (90,),
     "int8-dynamic-m32-outliers": (80,),
@@ -64,6 +67,22 @@ def test_the_int4_weights_go_from_memory_to_the_matrix_units_without_a_detour():
     row = recorded()["matmul-int4-g128-fp16-m16", "sm_90"]
     assert row["HGMMA"] == 8 and row["HMMA"] == row["SHFL"] == row["LDSM"] == 0
     assert row["wide_loads"] >= 12 and row["registers"] <= 96
+
+
+@pytest.mark.parametrize(
+    "kind", ["residual-int4-g128-bf16-m16", "swiglu-int4-g128-bf16-m16", "rope-int4-g128-bf16-m16"]
+)
+def test_an_epilogue_costs_nothing_before_it(kind):
+    """The main loop is that of the plain product, whatever comes behind it."""
+    rows = recorded()
+    plain = rows["matmul-int4-g128-bf16-m16", "sm_90"]
+    found = [
+        row for (name, arch), row in rows.items() if name.startswith(f"matmul-{kind}") and arch == "sm_90"
+    ]
+    found = [row for row in found if not {"zero", "ragged"} & set(row["kernel"].split("-"))]
+    assert found
+    for row in found:
+        assert row["loop"] <= 1.02 * plain["loop"] and row["HGMMA"] == plain["HGMMA"], row
 
 
 def test_a_fault_is_seen():
