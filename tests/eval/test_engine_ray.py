@@ -86,7 +86,8 @@ def test_cells_that_no_machine_is_left_for_do_not_wait_for_ever(monkeypatch):
     clock = iter(range(0, 10_000, 25))
     monkeypatch.setattr(engine_ray.time, "monotonic", lambda: next(clock))
     engine = object.__new__(engine_ray.OnRay)
-    engine.ray = StandIn([(True, {"CPU": 4.0}), (True, {"CPU": 1.0}), (False, {"CPU": 4.0})])
+    # a machine that has gone stays on Ray's list
+    engine.ray = StandIn([(True, {"CPU": 4.0}), (True, {"CPU": 1.0})] + [(False, {"CPU": 4.0})] * 50)
     engine.wanted, engine.retries = {"CPU": 1, "GPU": 0}, 3
     cells = [Doomed(Path(name), 0) for name in "ab"]
     results = list(engine.run(cells, lambda *_: None))
