@@ -100,13 +100,25 @@ def _paired(first: Row, second: Row, a: str, b: str, folder: Path | None) -> tup
         raise ValueError(f"{lacking} was measured before sums by window were kept: measure it again")
     if first.protocol.identity() | {"speed": None} != second.protocol.identity() | {"speed": None}:
         raise ValueError(f"{a} and {b} were measured under different protocols: that is no comparison")
-    paired = compare_sums(first.sums, second.sums)
+    # KL to one model and KL to another are two quantities
+    one_baseline = (first.baseline and first.baseline.sha256) == (second.baseline and second.baseline.sha256)
+    sums = [
+        row.sums if one_baseline else dataclasses.replace(row.sums, kl=None)
+        for row in (first, second)
+        if row.sums is not None
+    ]
+    paired = compare_sums(*sums)
     sentences = [comparison.in_words(a, b) for comparison in paired]
+    if first.sums.kl and second.sums.kl and not one_baseline:
+        sentences.append(f"KL is not compared: {a} and {b} were measured against different baselines.")
     document: dict[str, Any] = {"a": a, "b": b, "windows": [dataclasses.asdict(c) for c in paired]}
     tasks = []
     for name, score in (first.tasks or {}).items():
         other = (second.tasks or {}).get(name)
-        if folder is None or other is None or other.items_sha256 != score.items_sha256:
+        if folder is None or other is None:
+            continue
+        if other.items_sha256 != score.items_sha256:
+            sentences.append(f"{name} is not compared: the items of {a} and {b} are not the same ones.")
             continue
         items = [read_items(folder, row.key, name, score.metric) for row in (first, second)]
         test = mcnemar(name, items[0], items[1])

@@ -18,7 +18,7 @@ from .data import Bos, Text, calibration_ids
 from .evaluate import measure_checkpoint, measure_source
 from .memory import check_ledger, ledger_of_checkpoint, predict_ledger
 from .model_info import ModelInfo, model_info
-from .record import Row
+from .record import ROWS, Row, read_rows
 from .setting import Setting, without_timing
 
 Progress = Callable[[str, int, int], None]
@@ -70,7 +70,26 @@ class Cell:
         return checkpoint_identity(self.info, self.config, self.text, self.bos)
 
     def run(self, progress: Progress) -> Row:
-        """Make the checkpoint unless it is there, check its ledger, evaluate it."""
+        """Make the checkpoint unless it is there, check its ledger, evaluate it.
+
+        Of several sweeps at work on one folder one does it; the others wait, and take its row.
+        """
+        from filelock import FileLock
+
+        self.marker.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.marker.with_suffix(".lock")):
+            if self.timed and (row := self._done_meanwhile()) is not None:
+                return row
+            return self._run(progress)
+
+    def _done_meanwhile(self) -> Row | None:
+        rows, _ = read_rows(self.out / ROWS)
+        # a source's row is of use only beside its predictions
+        if self.config is None and not baseline_path(self.baselines, self.info, self.setting).is_file():
+            return None
+        return next((row for row in reversed(rows) if row.key == self.key), None)
+
+    def _run(self, progress: Progress) -> Row:
         if self.config is None:
             return self._run_source(progress)
         from transformers import MistralConfig

@@ -7,6 +7,7 @@ had finished on a shared disk is used.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,12 +16,23 @@ from .engines import CellDied, Progress, Result, portable
 from .record import Row
 from .tasks import items_of, put_items
 
+# seconds between two looks at the cluster, and how long it may lack a machine that a cell fits on
+_LOOK, _PATIENCE = 10.0, 60.0
+
+
+class NoRoomError(RuntimeError):
+    """No machine of the cluster has what a cell takes, so that it would wait for ever."""
+
 
 class OnRay:
     """Args:
     address: of the cluster as ``ray.init`` takes it (``auto``, ``HOST:PORT``); None starts one here, or uses the one
         that this program has joined.
-    cpus, gpus: that a cell takes. retries: of a cell whose worker or machine dies.
+    cpus, gpus: that a cell takes, on one machine. retries: of a cell whose worker or machine dies.
+
+    Raises:
+        ImportError: Ray is not installed.
+        NoRoomError: no machine of the cluster has so many CPUs or GPUs.
     """
 
     def __init__(
@@ -33,35 +45,82 @@ class OnRay:
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False)
         self.ray: Any = ray
-        self.options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries}
-        resources = ray.cluster_resources()
-        self.width = max(1, int(resources.get("CPU", 1) / max(cpus, 1e-9)))
-        if gpus:
-            self.width = min(self.width, max(1, int(resources.get("GPU", 0) / gpus)))
+        self.wanted = {"CPU": cpus, "GPU": gpus}
+        self.retries = retries
+        self.width = max(1, sum(_fits(machine, self.wanted) for machine in self._machines()))
+        if (lack := self._lack()) is not None:
+            raise NoRoomError(lack)
 
     def run(self, cells: Sequence[Cell], progress: Progress) -> Iterator[Result]:
-        if not self.options["num_gpus"] and any(cell.setting.device.type == "cuda" for cell in cells):
+        if not self.wanted["GPU"] and any(cell.setting.device.type == "cuda" for cell in cells):
             # Ray hides every GPU from a task that has asked for none
             raise ValueError(
                 "cells on cuda need a part of a GPU each: gpus=1 (--gpus 1), or less to share one"
             )
-        remote = self.ray.remote(_run).options(**self.options)
-        waiting = {remote.remote(cell, int(self.options["num_cpus"] or 1)): cell for cell in cells}
+        # tried again from here: Ray's own count leaves out workers that it killed for want of memory
+        options = {"num_cpus": self.wanted["CPU"], "num_gpus": self.wanted["GPU"], "max_retries": 0}
+        remote = self.ray.remote(_run).options(**options)
+        threads = int(self.wanted["CPU"] or 1)
+        waiting = {remote.remote(cell, threads): (cell, 0) for cell in cells}
+        seen = time.monotonic()  # when there last was a machine with room for a cell
         try:
             while waiting:
-                ready, _ = self.ray.wait(list(waiting), num_returns=1)
-                cell = waiting.pop(ready[0])
+                ready, _ = self.ray.wait(list(waiting), num_returns=1, timeout=_LOOK)
+                if not ready:
+                    lack = self._lack()
+                    if lack is None:
+                        seen = time.monotonic()
+                    elif time.monotonic() - seen > _PATIENCE:
+                        for reference in list(waiting):
+                            self.ray.cancel(reference, force=True)
+                            yield waiting.pop(reference)[0], NoRoomError(lack)
+                    continue
+                cell, tried = waiting.pop(ready[0])
                 try:
                     result = self.ray.get(ready[0])
                     if isinstance(result, tuple):
                         result, items = result
                         put_items(cell.out, result.key, items)
                 except self.ray.exceptions.RayError as error:
+                    if tried < self.retries and self._worth_another(error):
+                        waiting[remote.remote(cell, threads)] = (cell, tried + 1)
+                        continue
                     result = CellDied(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
                 yield cell, result
         finally:
             for reference in waiting:
                 self.ray.cancel(reference, force=True)
+
+    def _machines(self) -> list[dict[str, float]]:
+        return [machine["Resources"] for machine in self.ray.nodes() if machine["Alive"]]
+
+    def _lack(self) -> str | None:
+        """What no machine has, in words; None where a cell fits on one."""
+        machines = self._machines()
+        if any(_fits(machine, self.wanted) for machine in machines):
+            return None
+        wanted = " and ".join(f"{number:g} {kind}" for kind, number in self.wanted.items() if number)
+        most = ", ".join(
+            f"{machine.get('CPU', 0):g} CPU and {machine.get('GPU', 0):g} GPU" for machine in machines
+        )
+        return (
+            f"expected a machine with {wanted} for a cell, the cluster has {most or 'none'}: ask for less, or start a "
+            "machine that has it"
+        )
+
+    def _worth_another(self, error: Exception) -> bool:
+        """Whether it was the worker or the machine that failed, and not what ran there."""
+        e = self.ray.exceptions
+        return not isinstance(
+            error, e.RayTaskError | e.TaskCancelledError | e.TaskUnschedulableError | e.RuntimeEnvSetupError
+        )
+
+
+def _fits(machine: dict[str, float], wanted: dict[str, float]) -> int:
+    """How many cells fit on a machine at once."""
+    return min(
+        (int(machine.get(kind, 0) / number + 1e-9) for kind, number in wanted.items() if number), default=1
+    )
 
 
 def _run(cell: Cell, threads: int) -> tuple[Row, dict[str, bytes]] | Exception:

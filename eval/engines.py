@@ -87,7 +87,7 @@ class Processes:
                     cell, process = running[ready]
                     try:
                         message = ready.recv()
-                    except EOFError:
+                    except (EOFError, OSError):  # OSError: it was killed in the middle of a message
                         process.join()
                         del running[ready]
                         yield cell, CellDied(f"its process ended with exit code {process.exitcode}")

@@ -141,6 +141,7 @@ def plot_group(
         "axes.spines.top": False,
         "axes.spines.right": False,
         "svg.hashsalt": "brise",  # equal rows give equal files
+        "text.parse_math": False,  # a $ in a name is a $
     }
     with matplotlib.rc_context(style):
         size = (8, 5) if len(rows) <= _MANY else (10, 8)

@@ -63,8 +63,10 @@ def plot_layers(rows: Sequence[Row], path: Path, title: str) -> list[Path]:
         axes.set_xlabel("layer")
         axes.set_ylabel("relative squared error of outputs (dashed: of weights)")
         best = f" (the {_MOST} nearest to the source of {len(measured)})" if len(measured) > _MOST else ""
-        axes.set_title(title + best, loc="left", fontsize=9, color="#333333")
-        axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.set_title(title + best, loc="left", fontsize=9, color="#333333", parse_math=False)
+        legend = axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a $ in a name is a $
         files = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
         figure.savefig(files[0], metadata={"Date": None})
         figure.savefig(files[1])

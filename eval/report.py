@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def _order(row: Row) -> tuple[bool, int, float, str]:
 # heading, whether it is a number, text of a row given the source's
 Column = tuple[str, bool, Callable[[Row, Row | None], str]]
 COLUMNS: tuple[Column, ...] = (
-    ("configuration", False, lambda r, s: f"**{r.name}**" if r.is_source else r.name),
+    ("configuration", False, lambda r, s: f"**{plain(r.name)}**" if r.is_source else plain(r.name)),
     ("calibration", False, lambda r, s: calibration(r)),
     ("size, MB", True, lambda r, s: f"{r.memory.bytes / 1e6:.1f}"),
     ("of source", True, lambda r, s: NOTHING if s is None else f"{r.memory.bytes / s.memory.bytes:.1%}"),
@@ -160,7 +161,7 @@ def markdown(group: Group) -> str:
         for heading, number, text in COLUMNS
     ]
     columns = [column for column in columns if set(column[2]) != {NOTHING}]
-    lines = [f"### {title(group)}", ""]
+    lines = [f"### {plain(title(group))}", ""]
     lines.append("| " + " | ".join(heading for heading, _, _ in columns) + " |")
     lines.append("|" + "|".join("--:" if number else ":--" for _, number, _ in columns) + "|")
     for index in range(len(group.rows)):
@@ -177,7 +178,7 @@ def speeds_table(group: Group) -> Iterator[str]:
     for row in group.rows:
         for point in row.speeds or ():
             rates = f"{spread(point.prefill)} | {spread(point.decode)}"
-            yield f"| {row.name} | {point.batch} | {point.context} | {rates} | {point.bandwidth / 1e9:.2f} |"
+            yield f"| {plain(row.name)} | {point.batch} | {point.context} | {rates} | {point.bandwidth / 1e9:.2f} |"
     yield ""
 
 
@@ -198,7 +199,7 @@ def notes(group: Group) -> Iterator[str]:
     p, memory = first.protocol, first.memory
     note = (first.baseline or first.model).note
     if note is not None:
-        yield f"- The source is {note}."
+        yield f"- The source is {plain(note)}."
     yield (
         f"- ± is one standard error over the {p.windows} windows ({p.scored_tokens} scored tokens); the one "
         "against the source is paired over the same windows, so it is the one to compare methods by."
@@ -209,7 +210,7 @@ def notes(group: Group) -> Iterator[str]:
         f"to each, in {p.dtype}."
     )
     for drawn in spread_over_draws(group.rows):
-        yield f"- {drawn.in_words()}."
+        yield f"- {plain(drawn.in_words())}."
     if any(((row.config or {}).get("calibration") or {}).get("hessians") == "once" for row in group.rows):
         yield (
             '- "once" beside a calibration: all Hessians from one pass over the unquantized model, an approximation of '
@@ -222,7 +223,7 @@ def notes(group: Group) -> Iterator[str]:
             f"batch {p.speed.batch}; median (20th to 80th percentile) of {p.speed.repeats} runs."
         )
     threads = f", {where.threads} thread{'s' * (where.threads > 1)}" if p.device == "cpu" else ""
-    yield f"- Measured on {where.device}{threads}, torch {where.versions.get('torch', '?')}."
+    yield f"- Measured on {plain(where.device)}{threads}, torch {where.versions.get('torch', '?')}."
     yield (
         f"- Text sha256 `{p.text_sha256[:16]}`, windows `{p.tokens_sha256[:16]}`, "
         f"metrics version {first.metrics}."
@@ -236,13 +237,20 @@ def calibration(row: Row) -> str:
         return NOTHING
     once = ", once" if data.get("hessians") == "once" else ""
     seed = "" if data.get("seed") is None else f", seed {data['seed']}"
-    return f"{data['windows']} × {data['length']} of {Path(str(data['text'])).name}{once}{seed}"
+    return plain(f"{data['windows']} × {data['length']} of {Path(str(data['text'])).name}{once}{seed}")
 
 
 def task_text(row: Row) -> str:
     """``arc_easy_offline:200 0.500 ± 0.035; …``, or a dash."""
-    found = [f"{name} {pm(score.value, score.stderr, 3)}" for name, score in (row.tasks or {}).items()]
+    found = [f"{plain(name)} {pm(score.value, score.stderr, 3)}" for name, score in (row.tasks or {}).items()]
     return "; ".join(found) or NOTHING
+
+
+def plain(text: str) -> str:
+    """``text`` as Markdown that shows it as it is: a name with a bar in it is no cell more, and none is a tag."""
+    return re.sub(
+        r"[\\`*|<>\[\]]|(?<![^\W_])_|_(?![^\W_])", lambda found: "\\" + found[0], " ".join(text.split())
+    )
 
 
 def interval(value: Interval, digits: int) -> str:

@@ -20,6 +20,16 @@ from .record import EXACT, ROWS, Row, read_rows
 from .sweep import run_sweep
 
 Progress = Callable[[str, int, int], None]
+# of a divergence's details, what is no other figure already
+_DETAILS = {
+    "median": "KL median",
+    "p90": "KL p90",
+    "p99": "KL p99",
+    "p999": "KL p99.9",
+    "top5": "same five",
+    "true_token": "true token",
+    "true_token_rms": "true token, rms",
+}
 
 
 class RerunError(ValueError):
@@ -198,6 +208,8 @@ def _figures(before: Row, now: Row) -> list[Figure]:
             "bytes": float(row.memory.bytes),
             "bits per weight": row.memory.bits_per_weight,
         }
+        if d is not None and d.details is not None:
+            found |= {label: getattr(d.details, name).value for name, label in _DETAILS.items()}
         if row.words is not None:
             found["perplexity by the word"] = row.words.value
         for name, score in (row.tasks or {}).items():

@@ -26,10 +26,13 @@ from typing import Any
 
 import yaml
 
+from ..model.checkpoint import resolve_source
 from ..quant.config import QuantConfig
 from .data import FREE
+from .protocols import PROTOCOLS
 from .speed import SpeedProtocol
-from .sweep import Note, Progress, SweepResult, plan_configs, run_sweep
+from .sweep import Failure, Note, Progress, SweepResult, plan_configs, run_sweep
+from .tasks import TaskError, TaskRequest
 
 METRICS = (
     "text",
@@ -88,18 +91,23 @@ def load_spec(path: str | Path) -> SweepSpec:
         raise SpecError(f"{path}: models must be a list of folders, assets or hub names, got {models!r}")
     if not isinstance(configs, list) or not configs:
         raise SpecError(f"{path}: configs must be a list of presets, files and mappings, got {configs!r}")
-    metrics = data.get("metrics") or {}
+    metrics = {} if data.get("metrics") is None else data["metrics"]
     entries = metrics if isinstance(metrics, list) else [metrics]
-    calibration = data.get("calibration") or {}
-    _known(calibration, ("windows", "text", "once", "draws"), f"{path}: calibration")
+    if double := sorted({model for model in models if models.count(model) > 1}):
+        raise SpecError(f"{path}: the model {double[0]} is named twice")
     plan: dict[str, QuantConfig] = {}
     for entry in configs:
         name, config = _config(entry, path)
         if name in plan:
             raise SpecError(f"{path}: two configurations are named {name}")
         plan[name] = config
+    if not entries:
+        raise SpecError(f"{path}: metrics must be a mapping or a list of mappings, got an empty list")
     return SweepSpec(
-        tuple(models), plan_configs(plan), tuple(_metrics(e, path) for e in entries), dict(calibration)
+        tuple(models),
+        plan_configs(plan),
+        tuple(_metrics(e, path) for e in entries),
+        _calibration({} if data.get("calibration") is None else data["calibration"], path),
     )
 
 
@@ -120,31 +128,47 @@ def run_spec(
     """
     store = Path(out) if checkpoints is None else Path(checkpoints)
     rows, skipped, failures, problems = [], [], [], []
+    sources = {model: resolve(model) for model in spec.models}
+    for source in sources.values():  # every model is found before the first is worked on
+        resolve_source(source)
     runs = [(model, how) for model in spec.models for how in spec.metrics]
     for number, (model, how) in enumerate(runs, 1):
         if note is not None and len(runs) > 1:
             note(f"part {number} of {len(runs)}: {model}")
-        # checkpoints of several models would lie on top of one another
-        place = store if len(spec.models) == 1 else store / Path(model).name
-        result = run_sweep(
-            resolve(model),
-            spec.configs,
-            out,
-            checkpoints=place,
-            calibration_windows=spec.calibration.get("windows"),
-            calibration_text=spec.calibration.get("text"),
-            calibrate_once=bool(spec.calibration.get("once", False)),
-            draws=int(spec.calibration.get("draws", 0)),
-            progress=progress,
-            note=note,
-            **how,
-            **options,
-        )
+        try:
+            result = run_sweep(
+                sources[model],
+                spec.configs,
+                out,
+                checkpoints=store if len(spec.models) == 1 else store / _place(model, spec.models),
+                calibration_windows=spec.calibration.get("windows"),
+                calibration_text=spec.calibration.get("text"),
+                calibrate_once=spec.calibration.get("once", False),
+                draws=spec.calibration.get("draws", 0),
+                progress=progress,
+                note=note,
+                **how,
+                **options,
+            )
+        except Exception as error:  # as with a cell: the other parts go on, and this one is reported
+            if len(runs) == 1:
+                raise
+            failures.append(Failure(f"part {number} ({model})", error))
+            if note is not None:
+                note(f"{failures[-1]}")
+            continue
         rows += result.rows
         skipped += result.skipped
         failures += result.failures
         problems = result.problems
     return SweepResult(rows, skipped, failures, problems)
+
+
+def _place(model: str, models: tuple[str, ...]) -> str:
+    """A folder's name for each model: checkpoints of several would lie on top of one another."""
+    names = [Path(other).name for other in models]
+    own = Path(model).name
+    return own if names.count(own) == 1 else f"{own}-{models.index(model) + 1}"
 
 
 def _config(entry: Any, path: Path) -> tuple[str, QuantConfig]:
@@ -172,11 +196,22 @@ def _metrics(entry: Any, path: Path) -> dict[str, Any]:
         raise SpecError(f"{path}: metrics must be a mapping or a list of mappings, got {entry!r}")
     _known(entry, METRICS, f"{path}: metrics")
     out = dict(entry)
+    where = f"{path}: metrics"
+    for name in ("text", "protocol", "bos", "device"):
+        _check(out, name, str, "a text", where)
+    _check(out, "windows", int, "a whole number of at least 0", where, 0)
+    _check(out, "seed", int, "a whole number of at least 0", where, 0)
+    for name in ("length", "stride", "batch"):
+        _check(out, name, int, "a whole number of at least 1", where, 1)
+    if out.get("protocol", FREE) != FREE and out["protocol"] not in PROTOCOLS:
+        raise SpecError(
+            f"{where}: protocol must be {FREE} or one of {', '.join(PROTOCOLS)}, got {out['protocol']!r}"
+        )
     speed = out.get("speed", False)
     if isinstance(speed, Mapping):
         try:
             out["speed"] = SpeedProtocol(**speed)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise SpecError(f"{path}: speed: {error}") from error
     elif isinstance(speed, bool):
         out["speed"] = SpeedProtocol() if speed else None
@@ -184,7 +219,7 @@ def _metrics(entry: Any, path: Path) -> dict[str, Any]:
         raise SpecError(f"{path}: speed must be true, false or a mapping, got {speed!r}")
     if "dtype" in out:
         dtype = getattr(torch, str(out["dtype"]), None)
-        if not isinstance(dtype, torch.dtype):
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise SpecError(f"{path}: unknown dtype {out['dtype']!r}")
         out["dtype"] = dtype
     if out.get("protocol", FREE) != FREE or out.get("windows") == 0:
@@ -193,7 +228,40 @@ def _metrics(entry: Any, path: Path) -> dict[str, Any]:
     for name in ("tasks", "batches", "contexts"):
         if name in out and not isinstance(out[name], list):
             raise SpecError(f"{path}: {name} must be a list, got {out[name]!r}")
+    for name in ("batches", "contexts"):
+        for number in out.get(name, ()):
+            _check({name: number}, name, int, "whole numbers of at least 1", where, 1)
+    if bool(out.get("batches")) != bool(out.get("contexts")):
+        raise SpecError(f"{where}: batches and contexts make a grid of speeds together: give both or neither")
+    for task in out.get("tasks", ()):
+        try:
+            TaskRequest.parse(task if isinstance(task, str) else str(task))
+        except TaskError as error:
+            raise SpecError(f"{where}: {error}") from error
     return out
+
+
+def _calibration(entry: Any, path: Path) -> dict[str, Any]:
+    where = f"{path}: calibration"
+    _known(entry, ("windows", "text", "once", "draws"), where)
+    _check(entry, "windows", int, "a whole number of at least 1", where, 1)
+    _check(entry, "text", str, "a text", where)
+    _check(entry, "once", bool, "true or false", where)
+    _check(entry, "draws", int, "a whole number of at least 0", where, 0)
+    return dict(entry)
+
+
+def _check(
+    entry: Mapping[str, Any], name: str, kind: type, words: str, where: str, least: int | None = None
+) -> None:
+    """Raise SpecError where ``name`` is in ``entry`` with a value of another type, or one below ``least``."""
+    if name not in entry:
+        return
+    value = entry[name]
+    # true and false are whole numbers to Python
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not fits or (least is not None and value < least):
+        raise SpecError(f"{where}: {name} must be {words}, got {value!r}")
 
 
 def _known(data: Any, allowed: tuple[str, ...], where: str) -> None:

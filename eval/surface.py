@@ -89,13 +89,11 @@ def variant_bytes(config: Any, length: int, precision: str, dtype: torch.dtype, 
 
 
 def set_window(model: nn.Module, window: int | None) -> None:
-    """Give a model in memory another sliding window, everywhere it is kept."""
+    """Give a model of ours in memory another sliding window."""
     for module in [model, *model.modules()]:
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "sliding_window"):
             config.sliding_window = window
-        if hasattr(module, "sliding_window"):
-            module.sliding_window = window  # type: ignore[assignment]
 
 
 def measure_surface(

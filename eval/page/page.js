@@ -84,7 +84,7 @@
     $("table").tHead.replaceChildren(head);
     $("table").tBodies[0].replaceChildren(
       ...sorted().map((row) => {
-        const tr = element("tr", undefined, (row.source ? "source " : "") + (state.taken.includes(row.name) ? "taken" : ""));
+        const tr = element("tr", undefined, (row.source ? "source " : "") + (isTaken(row) ? "taken" : ""));
         tr.title = [row.calibration, row.where, row.command].filter(Boolean).join("\n");
         tr.append(element("td", row.name));
         for (const f of group().fields) {
@@ -93,15 +93,19 @@
           if (more) td.append(element("small", more));
           tr.append(td);
         }
-        act(tr, () => take(row.name));
+        act(tr, () => take(row));
         return tr;
       }),
     );
     $("count").textContent = `${rows().length} of ${group().rows.length} rows`;
   }
 
-  function take(name) {
-    state.taken = state.taken.includes(name) ? state.taken.filter((n) => n !== name) : [...state.taken, name].slice(-2);
+  // by its place in the group: two rows may have one name (other windows of calibration, say)
+  const place = (row) => group().rows.indexOf(row);
+  const isTaken = (row) => state.taken.includes(place(row));
+  function take(row) {
+    const at = place(row);
+    state.taken = isTaken(row) ? state.taken.filter((n) => n !== at) : [...state.taken, at].slice(-2);
     drawTable();
     drawScatter();
     drawCompare();
@@ -172,11 +176,11 @@
       if (!found.length) continue;
       const [color, symbol] = styleOf(k);
       traces.push({
-        type: "scatter", mode: "markers", name: NAMES[k] || k,
+        type: "scatter", mode: "markers", name: escape(NAMES[k] || k),
         x: found.map((row) => figure(row, x)[0]), y: found.map((row) => figure(row, y)[0]),
-        error_x: bars(found, x), error_y: bars(found, y), customdata: found.map((row) => row.name), hovertext: found.map(hover),
+        error_x: bars(found, x), error_y: bars(found, y), customdata: found.map(place), hovertext: found.map(hover),
         hovertemplate: "%{hovertext}<extra></extra>", hoverlabel: { bordercolor: color },
-        marker: { color, symbol, opacity: 1, size: found.map((row) => (state.taken.includes(row.name) ? 17 : 10)), line: { width: 1, color: colour("--ground") } },
+        marker: { color, symbol, opacity: 1, size: found.map((row) => (isTaken(row) ? 17 : 10)), line: { width: 1, color: colour("--ground") } },
       });
     }
     const best = front(there.map((row) => [figure(row, x)[0], figure(row, y)[0]]), field(x).better, field(y).better);
@@ -287,7 +291,7 @@
   }
 
   function drawCompare() {
-    const [a, b] = state.taken.map((name) => group().rows.find((row) => row.name === name));
+    const [a, b] = state.taken.map((at) => group().rows[at]);
     if (!a || !b) return $("compare").replaceChildren();
     const table = element("table"), head = element("tr");
     for (const label of ["", a.name, b.name, "difference"]) head.append(element("th", label));
@@ -309,7 +313,7 @@
 
   const MOST = 8; // more lines than this cannot be told apart
   function drawLayers() {
-    const all = group().rows.filter((row) => row.layers && (!state.taken.length || state.taken.includes(row.name)));
+    const all = group().rows.filter((row) => row.layers && (!state.taken.length || isTaken(row)));
     $("layers").hidden = $("layers-note").hidden = !all.length;
     if (!all.length) return Plotly.purge("layers");
     const loss = (row) => (figure(row, "kl") || figure(row, "ppl"))[0];
@@ -317,7 +321,7 @@
     $("layers-note").textContent = "Error by layer, relative and squared: of outputs, or, dashed, of weights." +
       (drawn.length < all.length ? ` The ${MOST} of ${all.length} rows nearest to the source; take one or two rows to see theirs.` : "");
     const traces = drawn.map((row) => ({
-      type: "scatter", mode: "lines+markers", name: row.name, x: row.layers.map((p) => p[0]), y: row.layers.map((p) => p[1]),
+      type: "scatter", mode: "lines+markers", name: escape(row.name), x: row.layers.map((p) => p[0]), y: row.layers.map((p) => p[1]),
       line: { width: 1.5, dash: row.outputs ? "solid" : "dash" }, marker: { size: 5 },
     }));
     const yaxis = { title: { text: "relative squared error" }, type: "log", dtick: 1, exponentformat: "power" };
@@ -355,5 +359,5 @@
   drawGroup();
   // zoomed or of another size, other names find a place
   $("scatter").on("plotly_relayout", (change) => { if (named && !("annotations" in change)) named(); });
-  $("scatter").on("plotly_click", (event) => { const name = event.points[0].customdata; if (name) take(name); });
+  $("scatter").on("plotly_click", (event) => { const at = event.points[0].customdata; if (at !== undefined) take(group().rows[at]); });
 })();

@@ -68,8 +68,11 @@ def test_what_is_said():
         noise.in_words().startswith("No difference in perplexity was shown") and len(noise.in_words()) < 200
     )
     assert "one window says nothing" in compare_sums(sums([10.0]), sums([11.0]))[0].in_words()
+    assert f"perplexity {math.exp(79 / 70):.4g} against {math.exp(86 / 70):.4g};" in ppl.in_words()
     with pytest.raises(ValueError, match="the same windows"):
         compare_sums(a, sums([1.0, 2]))
+    with pytest.raises(ValueError, match="the same windows"):  # as many, of other lengths
+        compare_sums(sums([1.0, 2]), sums([1.0, 2], tokens=11))
     assert len(compare_sums(sums([1.0, 2]), sums([2.0, 2], kl=[1.0, 1]))) == 1
 
 
@@ -88,5 +91,6 @@ def test_mcnemar_against_scipys_binomial():
     assert mcnemar("t", a, a).p == 1
     clear = mcnemar("t", dict.fromkeys(range(9), True), dict.fromkeys(range(9), False))
     assert clear.in_words("x", "y").startswith("x is better than y in t")
-    with pytest.raises(ValueError, match="the same items"):
-        mcnemar("t", a, {1: True})
+    for others in ({1: True}, {i + 1: True for i in range(100)}):
+        with pytest.raises(ValueError, match="the same items"):
+            mcnemar("t", a, others)

@@ -149,6 +149,42 @@ def test_the_raw_file_is_what_llamacpp_reads(tmp_path):
     assert raw_text(hub) == " \n = A = \n \nb \n"
 
 
+def test_llamacpp_is_given_the_raw_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\n\n\ntwo and three\n")  # its paragraphs, joined, would be shorter
+    windows = protocol_windows(short("llamacpp-512"), load_text(str(path)), Tokenizer(False))
+    assert windows.ids.flatten().tolist() == [3 + b for b in path.read_bytes()[:LENGTH]]
+
+
+def test_a_text_of_whole_windows_leaves_no_rest():
+    text = Text("t", ("a" * 2 * LENGTH,))
+    for name in ("gptq-2048", "llamacpp-512"):
+        assert protocol_windows(short(name), text, Tokenizer(False)).count == 2
+    # with BOS the last token is one too many
+    assert protocol_windows(short("gptq-2048"), text, Tokenizer(True)).count == 2
+    assert (
+        protocol_windows(short("gptq-2048"), Text("t", ("a" * (2 * LENGTH - 1),)), Tokenizer(True)).count == 2
+    )
+
+
+def test_words_are_counted_as_lm_eval_counts_them():
+    theirs = pytest.importorskip(
+        "lm_eval.tasks.wikitext.preprocess_wikitext", reason="lm-eval is not installed"
+    )
+    pages = (" \n = A = \n two  words\n ", "é\tb")  # blanks at the ends count there
+    windows = protocol_windows(short("lmeval-word"), Text("pages", pages), Tokenizer(True))
+    results = [theirs.process_results({"page": page}, (0.0,)) for page in pages]
+    assert windows.words == tuple(found["word_perplexity"][1] for found in results)
+    assert windows.bytes == tuple(found["byte_perplexity"][1] for found in results)
+
+
+def test_windows_longer_than_the_models_positions_are_refused():
+    rule = short("gptq-2048")
+    assert protocol_windows(rule, TEXT, Tokenizer(True), 1, LENGTH).count == 1
+    with pytest.raises(TextError, match=f"windows of {LENGTH} tokens, the model {LENGTH - 1} positions"):
+        protocol_windows(rule, TEXT, Tokenizer(True), 1, LENGTH - 1)
+
+
 def test_a_protocol_is_in_the_row_and_refuses_what_it_decides(tiny_checkpoint, tiny_text, monkeypatch):
     monkeypatch.setitem(PROTOCOLS, "gptq-2048", short("gptq-2048"))
     row = evaluate(tiny_checkpoint, text=str(tiny_text), protocol="gptq-2048", windows=3)

@@ -9,12 +9,14 @@ import torch
 from typer.testing import CliRunner
 
 from brise.cli.main import app
+from brise.eval.bootstrap import Interval
 from brise.eval.compare import compare_sums
 from brise.eval.evaluate import evaluate
 from brise.eval.protocols import PROTOCOLS, NamedProtocol
 from brise.eval.record import append_row, read_rows
 from brise.eval.rerun import RerunError, find_row, rerun
 from brise.eval.sweep import run_sweep
+from brise.eval.tasks import Item, TaskScore, write_items
 from brise.model.checkpoint import load_tokenizer
 from brise.quant.config import Calibration, QuantConfig, QuantSpec, Rule
 
@@ -39,11 +41,11 @@ def swept(tiny_checkpoint, tiny_text, tmp_path_factory):
 
 
 def test_a_row_is_repeated_to_the_bit(swept, tiny_checkpoint):
-    for name in ("source", "gptq"):
+    for name, figures in (("source", 7), ("gptq", 14)):
         found = rerun(find_row(swept, name), tiny_checkpoint)
         assert found.agrees, found.in_words()
         assert found.now.perplexity == found.before.perplexity and found.now.sums == found.before.sums
-        assert found.in_words() == f"All 7 figures of {name} agree to the bit."
+        assert found.in_words() == f"All {figures} figures of {name} agree to the bit."
 
 
 def test_a_row_is_repeated_in_its_batches(tiny_checkpoint, tiny_text):
@@ -91,8 +93,18 @@ def test_figures_that_differ_are_named(swept, tiny_checkpoint):
     assert not found.agrees
     says = found.in_words()
     assert (
-        says.startswith("1 of 7 figures of int2 differ, most of all perplexity") and "torch 1.0 then" in says
+        says.startswith("1 of 14 figures of int2 differ, most of all perplexity") and "torch 1.0 then" in says
     )
+
+
+def test_the_tail_is_among_the_figures(swept, tiny_checkpoint):
+    row = find_row(swept, "int2")
+    details = dataclasses.replace(row.divergence.details, p99=Interval(9.0))
+    found = rerun(
+        dataclasses.replace(row, divergence=dataclasses.replace(row.divergence, details=details)),
+        tiny_checkpoint,
+    )
+    assert [figure.name for figure in found.figures if not figure.equal] == ["KL p99"]
 
 
 def test_what_cannot_be_repeated(swept, tiny_checkpoint, made, tmp_path, tiny_text):
@@ -148,6 +160,44 @@ def test_rows_that_are_not_to_be_compared(swept, tmp_path):
     assert old.exit_code == 1 and "old was measured before sums by window were kept" in old.stderr
     apart = invoke("compare", "gptqgptq", "int2", "--rows", tmp_path)
     assert apart.exit_code == 1 and "different protocols" in apart.stderr
+
+
+def test_what_is_left_out_of_a_comparison_is_said(swept, tmp_path):
+    one, two = (find_row(swept, name) for name in ("gptq", "int2"))
+    score = TaskScore("acc", 0.5, 0.1, 4, "1" * 64, "1.0")
+    one = dataclasses.replace(one, tasks={"arc:4": score})
+    two = dataclasses.replace(
+        two,
+        tasks={"arc:4": dataclasses.replace(score, items_sha256="2" * 64)},
+        baseline=dataclasses.replace(two.baseline, sha256="f" * 64),
+    )
+    for row in (one, two):
+        append_row(tmp_path / "runs.jsonl", row)
+    done = invoke("compare", "gptq", "int2", "--rows", tmp_path, "--json")
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert [c["what"] for c in said["windows"]] == ["perplexity"] and said["tasks"] == []
+    assert said["in_words"][1:] == [
+        "KL is not compared: gptq and int2 were measured against different baselines.",
+        "arc:4 is not compared: the items of gptq and int2 are not the same ones.",
+    ]
+
+
+def test_items_are_compared_one_by_one(swept, tmp_path):
+    """Two models each right on two of four items, but not on the same."""
+    rows = [find_row(swept, name) for name in ("gptq", "int2")]
+    for row, right in zip(rows, ((0, 1), (1, 2))):
+        score = TaskScore("acc", 0.5, 0.25, 4, "1" * 64, "1.0")
+        append_row(tmp_path / "runs.jsonl", dataclasses.replace(row, tasks={"arc:4": score}))
+        items = [Item(i, f"{i}", {"acc": float(i in right), "acc_norm": 0.0}) for i in range(4)]
+        write_items(tmp_path, row.key, {"arc:4": items})
+    done = invoke("compare", "gptq", "int2", "--rows", tmp_path, "--json")
+    assert done.exit_code == 0, done.stderr
+    (test,) = json.loads(done.stdout.splitlines()[-1])["tasks"]
+    assert test == {"task": "arc:4", "items": 4, "both": 1, "only_a": 1, "only_b": 1, "neither": 1, "p": 1.0}
+    shutil.rmtree(tmp_path / "items")
+    gone = invoke("compare", "gptq", "int2", "--rows", tmp_path)
+    assert gone.exit_code == 1 and "were kept where the row was measured" in gone.stderr
 
 
 def test_the_command_baseline(tiny_checkpoint, tiny_text, tmp_path, monkeypatch):

@@ -244,3 +244,29 @@ def test_a_single_bad_token_is_found():
     model.lm_head = Head()
     with pytest.raises(NonFiniteError, match=r"^1 figures over 45 .* in window 1 at token 5:"):
         score(model, windows)
+
+
+def test_a_divergence_that_is_not_finite_is_found_where_every_likelihood_is():
+    class Head(torch.nn.Module):
+        def forward(self, hidden):
+            logits = torch.zeros(*hidden.shape[:-1], VOCAB)
+            logits[
+                :, 3
+            ] = -math.inf  # a token that never comes: no likelihood is asked of it, but the baseline has it
+            return logits
+
+    model, windows = tiny(), make(16, 3)
+    windows.ids[windows.ids == 3] = 4
+    baseline = measure_baseline(tiny(1), windows)
+    model.lm_head = Head()
+    assert math.isfinite(score(model, windows).perplexity.value)
+    with pytest.raises(NonFiniteError, match=r"^45 figures over 45 .* in window 0 at token 1:"):
+        score(model, windows, baseline)
+
+
+def test_dropout_is_not_for_scoring():
+    model, windows = tiny(), make(16, 3)
+    expected = score(model, windows).nll
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert torch.equal(score(model.train(), windows).nll, expected)

@@ -1,5 +1,8 @@
 """Window and cache precision together: against transformers' model with that window, and a cache rounded by hand."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -81,6 +84,28 @@ def test_each_is_a_row_of_its_own(surface, tiny_checkpoint, tiny_text):
     assert rows[8, "int4"].name == "tiny w=8 kv=int4"
     plain = evaluate(tiny_checkpoint, text=str(tiny_text), windows=3, length=48)
     assert rows[None, "model"].perplexity == plain.perplexity
+
+
+def test_own_is_the_models_window_again(tiny_checkpoint, tiny_text, tmp_path):
+    """After another one; and each row has the sums of its own windows, by which it is compared."""
+    folder = tmp_path / "windowed"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 12}))
+    setting = make_setting(folder, str(tiny_text), windows=3, length=48)
+    baseline = baseline_of(folder, setting)
+    other, own = measure_surface(folder, setting, baseline, [5, None], ["model"])
+    plain = evaluate(folder, baseline=baseline, text=str(tiny_text), windows=3, length=48)
+    assert (own.perplexity, own.sums, own.variant.kv_bytes) == (
+        plain.perplexity,
+        plain.sums,
+        plain.memory.kv_cache,
+    )
+    assert own.variant.window is None and other.variant.window == 5
+    for row in (own, other):
+        assert sum(row.sums.nll) / sum(row.sums.tokens) == pytest.approx(row.perplexity.nll, rel=1e-12)
+        assert sum(row.sums.kl) / sum(row.sums.tokens) == pytest.approx(row.divergence.kl, rel=1e-12)
+    assert other.sums != own.sums
 
 
 def test_rounding():
