@@ -86,7 +86,7 @@ MISTAKES = [
     ("generate {m} --input {t}/key.yaml", 1, "--input and --output go together"),
     ("generate {m} --input {t}/none.jsonl --output {t}/out", 1, "none.jsonl"),
     ("generate {m} --input {t}/key.yaml --output {t}/list.yaml", 1, "exists; choose another output"),
-    ("generate {m} --prompt a --top-p 0", 1, "top_p must be above 0"),
+    ("generate {m} --prompt a --top-p 0", 1, "top_p must be a number above 0"),
     ("generate {m} --prompt a --max-new-tokens 0", 2, "--max-new-tokens"),
     ("generate {m} --prompt a --speculate {t}/none", 1, "none"),
     ("chat {m}", 1, "no chat template"),
