@@ -102,12 +102,10 @@ def _paired(first: Row, second: Row, a: str, b: str, folder: Path | None) -> tup
         raise ValueError(f"{a} and {b} were measured under different protocols: that is no comparison")
     # KL to one model and KL to another are two quantities
     one_baseline = (first.baseline and first.baseline.sha256) == (second.baseline and second.baseline.sha256)
-    sums = [
-        row.sums if one_baseline else dataclasses.replace(row.sums, kl=None)
-        for row in (first, second)
-        if row.sums is not None
-    ]
-    paired = compare_sums(*sums)
+    one, two = first.sums, second.sums
+    if not one_baseline:
+        one, two = (dataclasses.replace(sums, kl=None) for sums in (one, two))
+    paired = compare_sums(one, two)
     sentences = [comparison.in_words(a, b) for comparison in paired]
     if first.sums.kl and second.sums.kl and not one_baseline:
         sentences.append(f"KL is not compared: {a} and {b} were measured against different baselines.")
