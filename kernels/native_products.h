@@ -16,9 +16,6 @@
 enum { FP32 = 0, BF16 = 1, FP16 = 2 };
 /* tokens at a time of a dense weight: more registers, more tokens */
 enum { MOST = LANES == 16 ? 8 : 4 };
-/* blocks of rows that are fetched before they are needed (measured cold, NF4 4096 x 4096, one token: 0.59 ms with two, 0.69
-   with one, 1.0 with three, 1.5 with none) */
-enum { AHEAD = 2 };
 
 /* out has `stride` numbers a token, of which n are this weight's */
 typedef struct {
@@ -64,7 +61,7 @@ INLINE void product(int bits, int has_zero, int rows, int tokens, const weight *
         vec parts[4][4], zero[4];
         for (int r = 0; r < rows; r++) {
             const uint8_t *p = w->codes + (n + r) * c->row + at;
-            __builtin_prefetch(p + AHEAD * rows * c->row); /* past the last it asks for nothing */
+            __builtin_prefetch(p + rows * c->row); /* the next rows; past the last it asks for nothing */
             codes[r] = bits == 8 ? signed_bytes(p, left < LANES ? (int)left : LANES)
                                  : words(p, left < LANES ? (int)left : LANES);
             if (has_zero) zero[r] = of_groups(w->zero, w, c, n + r, chunk);
@@ -110,7 +107,7 @@ INLINE void product_bf16(int rows, int tokens, const weight *w, const cut *c, pt
         vec parts[4][4];
         for (int r = 0; r < rows; r++) {
             const uint8_t *p = w->codes + (n + r) * c->row + at;
-            __builtin_prefetch(p + AHEAD * rows * c->row);
+            __builtin_prefetch(p + rows * c->row);
             codes[r] = words(p, left < LANES ? (int)left : LANES);
             for (int t = 0; t < tokens; t++) parts[r][t] = all(0);
         }
