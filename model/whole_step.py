@@ -26,7 +26,7 @@ _LAYERS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-# rows up to which its products win over those that decode into memory, or have a copy of a dense weight in blocks
+# rows up to which it is taken before products that decode into memory, or have a copy of a dense weight in blocks
 _FEW_ROWS, _FEW_ROWS_DENSE = 64, FEW_ROWS
 
 
