@@ -48,15 +48,16 @@ def matmul(x: Tensor, w: Weight, bias: Tensor | None = None, batch_invariant: bo
     """x [M, K] @ W^T (+ bias) -> [M, N] in x's dtype; sums in fp32, or in x's dtype's own product for many
     rows."""
     compiled = compiled_for(w, x.dtype)
-    few = _FEW_ROWS_BF16[w.format == "int8"] if _multiplies_bf16(x) else _FEW_ROWS
-    if compiled is not None and (batch_invariant or x.shape[0] <= few):
-        result = native.matmul(x, w, compiled)
-        if bias is not None:
-            result += bias
-        return result.to(x.dtype)
+    if compiled is not None and (batch_invariant or x.shape[0] <= few_rows(w.format, x)):
+        return native.matmul(x, w, bias, compiled)
     if _takes_int8pack(x, w, batch_invariant):
         return _int8pack(x, w, bias, batch_invariant)
     return _in_blocks(x, w, bias, batch_invariant, compiled)
+
+
+def few_rows(fmt: str, x: Tensor) -> int:
+    """Rows up to which the compiled product is the faster one for ``x``."""
+    return _FEW_ROWS_BF16[fmt == "int8"] if _multiplies_bf16(x) else _FEW_ROWS
 
 
 def compiled_for(w: Weight, dtype: torch.dtype) -> CDLL | None:
@@ -75,17 +76,16 @@ def _in_blocks(
     step = max(1, _BLOCK // max(1, width))
     tiles = (compiled is not None or rows >= _MANY_ROWS) and not batch_invariant and _multiplies_bf16(x)
     work = torch.bfloat16 if tiles else _work_dtype(x.dtype)
+    fast = compiled is not None and native.decodes(w.format, width, w.groups, compiled)
     inputs: _Inputs | _Compiled
-    if compiled is not None and native.decodes(w.format, width, w.groups, compiled):
-        scale, zero = native.parameters(w)
+    if compiled is not None and fast:
         inputs = _Compiled(x.to(work), w, min(step, n), compiled)
     else:
-        scale, zero = _parameters(w)
         inputs = _Inputs(x.to(work), w, min(step, n), batch_invariant, exact=x.dtype not in _HALVES)
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
-        result = inputs.multiply(part, scale[part], None if zero is None else zero[part])
+        result = inputs.multiply(part)
         if bias is not None:
             result = result + bias[part].to(result.dtype)
         out[:, part] = result
@@ -127,10 +127,8 @@ def dequantize_rows(w: Weight, part: slice, dtype: torch.dtype) -> Tensor:
     """Rows ``part`` of W, dense."""
     compiled = compiled_for(w, dtype)
     if compiled is not None and native.decodes(w.format, w.shape[1], w.groups, compiled):
-        scale, zero = native.parameters(w)
         out = torch.empty(part.stop - part.start, w.shape[1], dtype=dtype)
-        own = None if zero is None else zero[part]
-        return native.decode(w.qweight[part], w.format, scale[part], own, out, compiled)
+        return native.decode(w, part.start, out, compiled)
     scale, zero = _parameters(w)
     rows = Weight(
         w.format,
@@ -194,9 +192,9 @@ class _Compiled:
         self.x, self.w, self.library = x, w, library
         self.block = torch.empty(step, w.shape[1], dtype=x.dtype)
 
-    def multiply(self, part: slice, scale: Tensor, zero: Tensor | None) -> Tensor:
+    def multiply(self, part: slice) -> Tensor:
         block = self.block[: part.stop - part.start]
-        native.decode(self.w.qweight[part], self.w.format, scale, zero, block, self.library)
+        native.decode(self.w, part.start, block, self.library)
         return torch.nn.functional.linear(self.x, block)
 
 
@@ -210,6 +208,7 @@ class _Inputs:
 
     def __init__(self, x: Tensor, w: Weight, step: int, one_by_one: bool, exact: bool) -> None:
         self.w, self.one_by_one = w, one_by_one
+        self.scale, self.zero = _parameters(w)
         width, group = w.shape[1], w.shape[1] // w.groups
         fast = w.g_idx is None and x.dtype != torch.float64
         self.middle = 0 if w.format in reference.CODEBOOKS else 1 << (reference.BITS[w.format] - 1)
@@ -228,8 +227,9 @@ class _Inputs:
             self.codes = torch.empty(step, width // 2 if self.halves else width, dtype=torch.uint8)
             self.floats = torch.empty(self.codes.shape)
 
-    def multiply(self, part: slice, scale: Tensor, zero: Tensor | None) -> Tensor:
+    def multiply(self, part: slice) -> Tensor:
         w, x, rows = self.w, self.xs[0], part.stop - part.start
+        scale, zero = self.scale[part], None if self.zero is None else self.zero[part]
         stored = w.qweight[part]
         if self.quads:
             words = _words(stored, w.format, self.words)

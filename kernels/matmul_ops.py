@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import cpu, reference, tuning
 from .checks import FLOATS, TENSORS, check_product, portable, runs_triton, same_device
+from .cpu_direct import Direct
 from .reference import BITS
 from .weights import PackedWeight, dense, weight_of
 
@@ -30,13 +31,13 @@ def quant_matmul(
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
     t = tuple(map(w.tensors.get, TENSORS))
-    if _needs_no_op(x, bias):
+    if needs_no_op(x, bias):
         return _product(w.format, x, t, bias, w.shape[0], w.layout, impl, batch_invariant)
     op = getattr(torch.ops.brise, f"{w.format}_matmul")
     return op(x, *t, bias, w.shape[0], w.layout, impl, batch_invariant)
 
 
-def _needs_no_op(x: Tensor, bias: Tensor | None) -> bool:
+def needs_no_op(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody looks at the op: no gradient, no compiler, no mode. Its dispatch takes as long as a small product
     on a CPU."""
     # asked first: of what comes after, a compiler can make nothing
@@ -45,6 +46,13 @@ def _needs_no_op(x: Tensor, bias: Tensor | None) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+
+
+def direct(w: PackedWeight, dtype: torch.dtype) -> Direct | None:
+    """The product of few rows of ``dtype`` on a CPU with nothing in between; None where no compiled code takes it."""
+    if w.layout != "portable" or not w.tensors["qweight"].is_cpu:
+        return None
+    return Direct.of(weight_of(w.format, w.layout, w.shape, tuple(map(w.tensors.get, TENSORS))), dtype)
 
 
 def _product(

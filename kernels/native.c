@@ -1,8 +1,13 @@
 /* The compiled part of the CPU's products and of its decode step, for brise/kernels/native.py, which compiles this
    file: what Python calls. */
 
+#include <string.h>
+
 #include "native_vectors.h"
+#include "native_weights.h"
 #include "native_products.h"
+#include "native_integers.h"
+#include "native_rows.h"
 #include "native_step.h"
 
 int brise_lanes(void) { return LANES; }
@@ -13,19 +18,52 @@ int brise_has_bf16(void) { return 1; }
 int brise_has_bf16(void) { return 0; }
 #endif
 
-/* x -> out fp32 [M][N]; with bf16, x is bf16 and the weight has 4 bits and no zero points */
-void brise_matmul(const void *x, const uint8_t *codes, const float *scale, const float *zero, const float *values,
-                  float *out, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, ptrdiff_t groups, int bits, int bf16) {
-    const weight w = {codes, scale, zero, values, n, k, groups, n};
-    const cut c = cut_of(&w, bits);
-    const ptrdiff_t token = c.chunks * c.chunk * (bits == 8 ? 1 : 8 / bits) * (bf16 ? 2 : 4);
-    all_blocks(bf16 ? block_bf16 : block_for(bits, zero != 0), &w, &c, x, token, m, out);
+/* whether a product is made in bf16 */
+static int in_bf16(const weight *w, int kind) {
+    return brise_has_bf16() && kind == BF16 && w->bits == 4 && !w->zero && !in_integers(w);
+}
+
+INLINE void put(int kind, void *out, ptrdiff_t at, vec v) {
+    if (kind == FP32) store((float *)out + at, v);
+    else if (kind == BF16) store_bf16((uint16_t *)out + at, v);
+    else store_fp16((uint16_t *)out + at, v);
+}
+
+/* x [M][K] times w, plus an fp32 bias [N] where there is one -> out [M][N], both of a kind. `own` has room for M times K
+   numbers in fp32, K in whole blocks of 256, and for M times N of them. */
+void brise_matmul(const weight *w, const void *x, const float *bias, float *own, void *out, ptrdiff_t m, int kind) {
+    const int integers = in_integers(w), bf16 = in_bf16(w, kind);
+    float *sums = own, *ordered_x = own + m * w->n;
+#pragma omp parallel for schedule(static) if (m * w->k > 1 << 15)
+    for (ptrdiff_t t = 0; t < m; t++) {
+        if (integers) order_token_integers(kind, w, x, t, (char *)ordered_x);
+        else if (bf16) order_token_bf16(w, x, t, (uint16_t *)ordered_x);
+        else order_token(kind, w, x, t, ordered_x);
+    }
+    const ptrdiff_t token = integers ? integers_size(w) : ordered_size(w) * (bf16 ? 2 : 4);
+    if (kind == FP32 && !bias) sums = out;
+    all_blocks(bf16 ? block_bf16 : block_for(w), w, ordered_x, token, m, sums);
+    if (sums == out) return;
+    for (ptrdiff_t t = 0; t < m; t++)
+        for (ptrdiff_t n = 0; n < w->n; n += LANES) {
+            const ptrdiff_t at = t * w->n + n, left = w->n - n;
+            if (left >= LANES) {
+                const vec sum = load(sums + at);
+                put(kind, out, at, bias ? add(sum, load(bias + n)) : sum);
+                continue;
+            }
+            float last[LANES] = {0}, done[LANES];
+            for (ptrdiff_t i = 0; i < left; i++) last[i] = bias ? sums[at + i] + bias[n + i] : sums[at + i];
+            put(kind, done, 0, load(last));
+            const ptrdiff_t each = kind == FP32 ? 4 : 2;
+            memcpy((char *)out + at * each, done, left * each);
+        }
 }
 
 /* x fp32 [M][K] times a dense fp32 weight [N][K] -> out fp32 [M][N]; K of whole vectors */
 void brise_dense(const float *x, const float *dense, float *out, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k) {
-    const weight w = {(const uint8_t *)dense, 0, 0, 0, n, k, 1, n};
-    all_blocks(block_dense, &w, 0, x, k * 4, m, out);
+    const weight w = {.codes = dense, .n = n, .k = k, .bits = 32};
+    all_blocks(block_dense, &w, x, k * 4, m, out);
 }
 
 /* sum = x + branch (x where there is none), out = sum / sqrt(mean(sum^2) + eps) * scale; [rows][width], whole vectors */
@@ -51,22 +89,17 @@ INLINE vec decode(int bits, int has_zero, table16 values, ivec codes, int half, 
     return mul(has_zero ? sub(v, zero) : v, scale);
 }
 
-INLINE void put(int kind, void *out, ptrdiff_t at, vec v) {
-    if (kind == FP32) store((float *)out + at, v);
-    else if (kind == BF16) store_bf16((uint16_t *)out + at, v);
-    else store_fp16((uint16_t *)out + at, v);
-}
-
-INLINE void decode_row(int bits, int has_zero, int kind, const weight *w, ptrdiff_t n, void *out) {
-    const ptrdiff_t width = w->k * bits / 8, part = width / w->groups;
+INLINE void decode_row(int bits, int has_zero, int kind, const strip *s, ptrdiff_t n, void *out) {
+    const weight *w = s->w;
+    const ptrdiff_t width = w->k * bits / 8, part = width / w->groups, parameters = (n - s->first) * w->groups;
     const table16 values = table(w->values);
     for (ptrdiff_t g = 0; g < w->groups; g++) {
-        const vec scale = all(w->scale[n * w->groups + g]);
-        const vec zero = all(has_zero ? w->zero[n * w->groups + g] : 0);
+        const vec scale = all(s->scale[parameters + g]);
+        const vec zero = all(has_zero ? s->zero[parameters + g] : 0);
         for (ptrdiff_t b = g * part; b < (g + 1) * part; b += LANES) {
-            const uint8_t *p = w->codes + n * width + b;
+            const uint8_t *p = (const uint8_t *)w->codes + n * width + b;
             const ivec codes = bits == 8 && !has_zero ? signed_bytes(p, LANES) : bytes(p);
-            const ptrdiff_t at = n * w->k + b * 8 / bits;
+            const ptrdiff_t at = (n - s->first) * w->k + b * 8 / bits;
             vec even = decode(bits, has_zero, values, codes, 0, scale, zero);
             if (bits == 8) {
                 put(kind, out, at, even);
@@ -82,20 +115,24 @@ INLINE void decode_row(int bits, int has_zero, int kind, const weight *w, ptrdif
 
 #define DECODE(BITS, ZERO) \
     switch (kind) { \
-    case FP32: decode_row(BITS, ZERO, FP32, &w, row, out); break; \
-    case BF16: decode_row(BITS, ZERO, BF16, &w, row, out); break; \
-    default: decode_row(BITS, ZERO, FP16, &w, row, out); \
+    case FP32: decode_row(BITS, ZERO, FP32, &s, row, to); break; \
+    case BF16: decode_row(BITS, ZERO, BF16, &s, row, to); break; \
+    default: decode_row(BITS, ZERO, FP16, &s, row, to); \
     }
 
-/* 4 or 8 bits -> out [N][K]: fp32, or each rounded once, to nearest even, to bf16 or fp16 */
-void brise_decode(const uint8_t *codes, const float *scale, const float *zero, const float *values, void *out,
-                  ptrdiff_t n, ptrdiff_t k, ptrdiff_t groups, int bits, int kind) {
-    const weight w = {codes, scale, zero, values, n, k, groups, n};
-#pragma omp parallel for schedule(static) if (n * k > 1 << 20)
-    for (ptrdiff_t row = 0; row < n; row++) {
-        if (bits == 8 && zero) { DECODE(8, 1) }
-        else if (bits == 8) { DECODE(8, 0) }
-        else if (zero) { DECODE(4, 1) }
+/* rows begin .. end of 4 or 8 bits -> out [rows][K]: fp32, or each rounded once, to nearest even, to bf16 or fp16 */
+void brise_decode(const weight *w, void *out, ptrdiff_t begin, ptrdiff_t end, int kind) {
+    const ptrdiff_t bytes_a_row = w->k * (kind == FP32 ? 4 : 2);
+#pragma omp parallel for schedule(static) if ((end - begin) * w->k > 1 << 20)
+    for (ptrdiff_t row = begin; row < end; row++) {
+        float scale[w->groups], zero[w->zero ? w->groups : 1];
+        const strip s = {w, 0, scale, zero, row, 0};
+        scales_of(w, row, 1, scale);
+        zeros_of(w, row, 1, zero);
+        void *to = (char *)out + (row - begin) * bytes_a_row;
+        if (w->bits == 8 && w->zero) { DECODE(8, 1) }
+        else if (w->bits == 8) { DECODE(8, 0) }
+        else if (w->zero) { DECODE(4, 1) }
         else { DECODE(4, 0) }
     }
 }

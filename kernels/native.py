@@ -24,28 +24,43 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import reference
 from .cache_folder import cache_root
+from .native_weights import DTYPES, NativeWeight, addresses, decodes, described, stored, takes
 from .reference import Weight
+
+__all__ = ["DTYPES", "decodes", "described", "stored", "takes"]
 
 SOURCE = Path(__file__).with_suffix(".c")
 # all that a library is made of
-SOURCES = (SOURCE, *(SOURCE.with_name(f"native_{part}.h") for part in ("vectors", "products", "step")))
+SOURCES = (
+    SOURCE,
+    *(
+        SOURCE.with_name(f"native_{part}.h")
+        for part in ("vectors", "weights", "products", "integers", "rows", "step")
+    ),
+)
 # what the compiler may use, by what torch finds on this processor
 _FLAGS = {
-    "AVX512_BF16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"),
+    "AVX512_BF16": (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512bf16",
+        "-mavx512vnni",
+        "-mfma",
+        "-mf16c",
+    ),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
 # sums in one order and with the roundings that are written down
+# x is put in order in whole blocks of so many channels at the most
+_WHOLE = 256
 _ALWAYS = ("-O3", "-ffp-contract=off", "-fPIC")
-_BITS = (2, 4, 8)
 # what a library lacks is told at once, where the system can; not in the middle of a product
 _NOW = getattr(os, "RTLD_NOW", ctypes.DEFAULT_MODE)
 _DOES_NOT_LOAD = "cannot be built, or does not load"
 _aside: list[bool] = []
-# of activations and decoded weights, by their numbers there
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def processor() -> str:
@@ -132,9 +147,9 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
         return None
     if found is None:
         return None
-    pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
-    found.brise_matmul.argtypes = [pointer] * 6 + [size] * 4 + [ctypes.c_int] * 2
-    found.brise_decode.argtypes = [pointer] * 5 + [size] * 3 + [ctypes.c_int] * 2
+    pointer, size, weight = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.POINTER(NativeWeight)
+    found.brise_matmul.argtypes = [weight, *[pointer] * 4, size, ctypes.c_int]
+    found.brise_decode.argtypes = [weight, pointer, size, size, ctypes.c_int]
     found.brise_dense.argtypes = [pointer] * 3 + [size] * 3
     found.brise_rms_norm.argtypes = [pointer] * 5 + [size] * 2 + [ctypes.c_double]
     found.brise_step.argtypes, found.brise_step_sizes.argtypes = [pointer], [pointer] * 2
@@ -143,34 +158,28 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     return found
 
 
-def takes(fmt: str, width: int, groups: int, library: ctypes.CDLL) -> bool:
-    """Whether the compiled code takes rows of ``width`` codes in ``groups``: 2, 4 or 8 bits, and chunks of whole groups
-    or groups of whole chunks."""
-    bits = reference.BITS.get(fmt)
-    if bits not in _BITS or groups < 1 or width < 1 or width * bits % (8 * groups):
-        return False
-    lane = 1 if bits == 8 else 4
-    chunk, group = lane * library.brise_lanes(), width * bits // 8 // groups
-    return group % lane == 0 and (groups == 1 or group % chunk == 0 or chunk % group == 0)
+def matmul(x: Tensor, w: Weight, bias: Tensor | None, library: ctypes.CDLL) -> Tensor:
+    """x [M, K] times W^T (+ bias [N]) -> [M, N] in x's dtype; a row depends on no other row, in any bit.
 
-
-def matmul(x: Tensor, w: Weight, library: ctypes.CDLL) -> Tensor:
-    """x [M, K] times W^T -> fp32 [M, N]; a row depends on no other row, in any bit.
-
-    Computed in fp32; of bf16 activations, where the processor multiplies those and the weight has 4 bits and no zero
-    points, with the format's values in bf16 and sums in fp32.
+    Computed in fp32 and rounded once. Where the processor adds up products of bytes, integers of 2 and 4 bits are
+    multiplied in integers, x rounded to 24 bits of the largest in a few channels; where it multiplies bf16, nf4 and fp4
+    of bf16 activations with the format's values in bf16. Sums are fp32 in either.
     """
-    bits = reference.BITS[w.format]
-    scale, zero = parameters(w)
-    bf16 = x.dtype == torch.bfloat16 and bits == 4 and zero is None and bool(library.brise_has_bf16())
-    out = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32)
-    # held by names while they are read
-    ordered = _by_chunks(x, bits, bf16, library.brise_lanes())
-    values = _values(w.format, zero is not None)
-    library.brise_matmul(
-        *_addresses(ordered, w.qweight, scale, zero, values, out),
-        x.shape[0], *w.shape, w.groups, bits, int(bf16),
-    )  # fmt: skip
+    w = stored(w)
+    return multiply(x, described(w), w.shape, bias, library)
+
+
+def multiply(
+    x: Tensor, w: NativeWeight, shape: tuple[int, int], bias: Tensor | None, library: ctypes.CDLL
+) -> Tensor:
+    """As :func:`matmul`, with a weight [N, K] that has been described; its tensors are the caller's to hold."""
+    rows, (n, k) = x.shape[0], shape
+    x = x.contiguous()
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+    out = torch.empty(rows, n, dtype=x.dtype)
+    own = torch.empty(rows * (-(-k // _WHOLE) * _WHOLE + n), dtype=torch.float32)
+    library.brise_matmul(w, *addresses(x, bias, own, out), rows, DTYPES[x.dtype])
     return out
 
 
@@ -182,7 +191,7 @@ def dense(x: Tensor, weight: Tensor, library: ctypes.CDLL) -> Tensor:
     """
     out = torch.empty(x.shape[0], weight.shape[0])
     x = x.contiguous()
-    library.brise_dense(*_addresses(x, weight, out), x.shape[0], *weight.shape)
+    library.brise_dense(*addresses(x, weight, out), x.shape[0], *weight.shape)
     return out
 
 
@@ -192,56 +201,23 @@ def rms_norm(
     """The norm of x + ``branch`` (all fp32 [R, D], weight [D], D a multiple of the library's lanes), and that sum."""
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     out, total = torch.empty_like(x), torch.empty_like(x)
-    library.brise_rms_norm(*_addresses(x, branch, weight, total, out), *x.shape, eps)
+    library.brise_rms_norm(*addresses(x, branch, weight, total, out), *x.shape, eps)
     return out, total
 
 
-def _by_chunks(x: Tensor, bits: int, bf16: bool, lanes: int) -> Tensor:
-    """x [M, K] in the order of the compiled products: [M, chunks, codes a word, words a chunk], then zeros."""
-    if bf16:
-        words, a_word = 2 * lanes, 4
-    else:
-        words, a_word = lanes, 1 if bits == 8 else 32 // bits
-    rows, width = x.shape
-    chunk = words * a_word
-    count = -(-width // chunk)
-    if width % chunk:
-        x = torch.nn.functional.pad(x, (0, count * chunk - width))
-    ordered = x.reshape(rows, count, words, a_word).transpose(2, 3)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    return torch.empty(ordered.shape, dtype=dtype).copy_(ordered)
-
-
-def decodes(fmt: str, width: int, groups: int, library: ctypes.CDLL) -> bool:
-    """Whether :func:`decode` takes rows of ``width`` codes in ``groups``: 4 or 8 bits, groups of whole vectors."""
-    bits = reference.BITS.get(fmt)
-    return (
-        bits in (4, 8)
-        and groups > 0
-        and width > 0
-        and width * bits % (8 * groups * library.brise_lanes()) == 0
-    )
-
-
-def decode(
-    codes: Tensor, fmt: str, scale: Tensor, zero: Tensor | None, out: Tensor, library: ctypes.CDLL
-) -> Tensor:
-    """Packed codes uint8 [R, B] of 4 or 8 bits, ``scale`` and ``zero`` fp32 [R, G] -> ``out`` [R, K] of any dtype but
-    fp64: computed in fp32 and rounded once."""
-    bits = reference.BITS[fmt]
-    rows, width = out.shape
-    values = _values(fmt, zero is not None)
-    library.brise_decode(
-        *_addresses(codes, scale, zero, values, out),
-        rows, width, scale.shape[1], bits, DTYPES[out.dtype],
-    )  # fmt: skip
+def decode(w: Weight, first: int, out: Tensor, library: ctypes.CDLL) -> Tensor:
+    """Rows ``first`` .. of a weight of 4 or 8 bits -> ``out`` [R, K] of any dtype but fp64, computed in fp32 and
+    rounded once."""
+    w = stored(w)
+    library.brise_decode(described(w), *addresses(out), first, first + out.shape[0], DTYPES[out.dtype])
     return out
 
 
 def decode_into(
     out: Tensor, codes: Tensor, fmt: str, scale: Tensor, zero: Tensor | None, g_idx: Tensor | None
 ) -> bool:
-    """As :func:`decode`, where the compiled code is there and takes this weight; False, and nothing done, elsewhere."""
+    """Packed codes uint8 [R, B], ``scale`` and ``zero`` fp32 [R, G] -> ``out`` [R, K] as :func:`decode`, where the
+    compiled code is there and takes this weight; False, and nothing done, elsewhere."""
     compiled = active()
     if compiled is None or g_idx is not None or out.dtype not in DTYPES or not (out.is_cpu and codes.is_cpu):
         return False
@@ -249,32 +225,6 @@ def decode_into(
         return False
     if scale.dtype != torch.float32 or not out.is_contiguous():
         return False
-    zero = None if zero is None else zero.to(torch.float32).contiguous()
-    decode(codes.contiguous(), fmt, scale.contiguous(), zero, out, compiled)
+    zero = None if zero is None else zero.to(torch.float32)
+    decode(Weight(fmt, (out.shape[0], out.shape[1]), codes, scale, zero), 0, out, compiled)
     return True
-
-
-def parameters(w: Weight) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points, fp32 [N, G], contiguous."""
-    scale = reference.scales(w).contiguous()
-    bits = reference.BITS[w.format]
-    if w.zeros is not None:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-        zeros = w.zeros[:, :, None].bitwise_right_shift(shifts).bitwise_and_((1 << bits) - 1)
-        return scale, zeros.flatten(1)[:, : w.groups].to(torch.float32).contiguous()
-    return scale, None
-
-
-@lru_cache(maxsize=16)
-def _values(fmt: str, has_zero: bool) -> Tensor:
-    """What the low 4 bits of a code stand for, fp32 [16]; with fewer bits the higher ones are another code's."""
-    count = 1 << min(4, reference.BITS[fmt])
-    middle = 0 if has_zero else count // 2
-    values = reference.CODEBOOKS.get(fmt) or [float(code - middle) for code in range(count)]
-    return torch.tensor(values, dtype=torch.float32).repeat(16 // count)
-
-
-def _addresses(*tensors: Tensor | None) -> list[int | None]:
-    for tensor in tensors:
-        assert tensor is None or tensor.is_contiguous(), "the compiled code knows no strides"
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -19,16 +19,9 @@ static int omp_get_num_threads(void) { return 1; }
 /* slots of the ring that are attended to at a time; their results are then put together */
 enum { SEGMENT = 128 };
 
-/* a layer's weight: bits are 2, 4 or 8 (see native_products.h), or 32 for dense fp32 [n][k] in codes */
-typedef struct {
-    const void *codes;
-    const float *scale, *zero, *values;
-    int64_t n, k, groups, bits;
-} linear;
-
 typedef struct {
     const float *attention_norm, *mlp_norm;
-    linear q, k, v, o, gate, up, down;
+    weight q, k, v, o, gate, up, down;
     float *keys, *values; /* [texts][groups][slots][head], the position p in slot p % slots */
 } blocks_of_model;
 
@@ -76,38 +69,23 @@ void brise_step_sizes(const step *s, sizes *z) {
 /* share `me` of `count` things */
 static ptrdiff_t share(ptrdiff_t count, ptrdiff_t me, ptrdiff_t threads) { return count * me / threads; }
 
-static cut linear_cut(const linear *l, const weight *w) {
-    const cut none = {0, 0, 0, 0, {0}};
-    return l->bits == 32 ? none : cut_of(w, (int)l->bits);
-}
-
 /* x [m][k] in the order of the product: as it is, or in `own` */
-static const float *ordered(const linear *l, const float *x, ptrdiff_t m, float *own) {
-    if (l->bits >= 8) return x; /* whole vectors, one code a word */
-    const ptrdiff_t a_word = 32 / l->bits, chunk = a_word * LANES, padded = (l->k + chunk - 1) / chunk * chunk;
-    for (ptrdiff_t t = 0; t < m; t++)
-        for (ptrdiff_t at = 0; at < padded; at += chunk)
-            for (ptrdiff_t i = 0; i < a_word; i++)
-                for (ptrdiff_t lane = 0; lane < LANES; lane++) {
-                    const ptrdiff_t k = at + lane * a_word + i;
-                    own[t * padded + at + i * LANES + lane] = k < l->k ? x[t * l->k + k] : 0;
-                }
+static const void *ordered(const weight *w, const float *x, ptrdiff_t m, float *own) {
+    if (w->bits >= 8) return x; /* whole vectors, one code a word */
+    for (ptrdiff_t t = 0; t < m; t++) {
+        if (in_integers(w)) order_token_integers(FP32, w, x, t, (char *)own);
+        else order_token(FP32, w, x, t, own);
+    }
     return own;
 }
 
-/* rows begin .. end of l times x, which is in its order, into out, `stride` numbers a token */
-static void multiply(const linear *l, const float *x, ptrdiff_t m, float *out, ptrdiff_t stride, ptrdiff_t begin,
+/* rows begin .. end of w times x, which is in its order, into out, `stride` numbers a token */
+static void multiply(const weight *w, const void *x, ptrdiff_t m, float *out, ptrdiff_t stride, ptrdiff_t begin,
                      ptrdiff_t end) {
-    const weight w = {l->codes, l->scale, l->zero, l->values, l->n, l->k, l->groups, stride};
-    const cut c = linear_cut(l, &w);
-    block *run = block_dense;
-    ptrdiff_t token = l->k;
-    if (l->bits != 32) {
-        run = block_for((int)l->bits, l->zero != 0);
-        token = c.chunks * c.chunk * (l->bits == 8 ? 1 : 8 / l->bits);
-    }
+    const cut c = cut_of(w);
+    const ptrdiff_t token = in_integers(w) ? integers_size(w) : ordered_size(w) * 4;
     for (ptrdiff_t row = begin; row < end; row += STRIP)
-        rows_of(run, &w, &c, x, token * 4, m, out, row, row + STRIP < end ? row + STRIP : end);
+        rows_of(block_for(w), w, &c, x, token, m, out, stride, row, row + STRIP < end ? row + STRIP : end);
 }
 
 /* this thread's strips of n rows */
@@ -262,20 +240,20 @@ static void attention(const step *s, const blocks_of_model *l, float *own, ptrdi
     }
 }
 
-/* this thread's rows of l times x into out, `stride` numbers a token */
-static void own_product(const linear *l, const float *x, ptrdiff_t m, float *own, float *out, ptrdiff_t stride,
+/* this thread's rows of w times x into out, `stride` numbers a token */
+static void own_product(const weight *w, const float *x, ptrdiff_t m, float *own, float *out, ptrdiff_t stride,
                         ptrdiff_t me, ptrdiff_t threads) {
     ptrdiff_t begin, end;
-    own_rows(l->n, me, threads, &begin, &end);
-    multiply(l, ordered(l, x, m, own), m, out, stride, begin, end);
+    own_rows(w->n, me, threads, &begin, &end);
+    multiply(w, ordered(w, x, m, own), m, out, stride, begin, end);
 }
 
-/* x += l times from, each thread its columns */
-static void add_product(const step *s, const linear *l, const float *from, float *own, ptrdiff_t me, ptrdiff_t threads) {
+/* x += w times from, each thread its columns */
+static void add_product(const step *s, const weight *w, const float *from, float *own, ptrdiff_t me, ptrdiff_t threads) {
     const ptrdiff_t m = s->texts * s->tokens;
     ptrdiff_t begin, end;
-    own_rows(l->n, me, threads, &begin, &end);
-    own_product(l, from, m, own, s->branch, s->width, me, threads);
+    own_rows(w->n, me, threads, &begin, &end);
+    own_product(w, from, m, own, s->branch, s->width, me, threads);
     for (ptrdiff_t t = 0; t < m; t++)
         for (ptrdiff_t n = begin; n < end; n++) s->x[t * s->width + n] += s->branch[t * s->width + n];
 }

@@ -14,23 +14,18 @@ import torch
 from torch import Tensor
 
 from . import native, reference
+from .native_weights import NativeWeight, addresses, described, stored
 from .reference import Weight
 
 _FLOATS = ctypes.c_void_p
 _SCRATCH = ("qkv", "context", "gate_up", "gated", "branch", "parts", "own")
 
 
-class _Linear(ctypes.Structure):
-    _fields_ = [(name, _FLOATS) for name in ("codes", "scale", "zero", "values")] + [
-        (name, ctypes.c_int64) for name in ("n", "k", "groups", "bits")
-    ]
-
-
 class _Block(ctypes.Structure):
     _fields_ = [
         ("attention_norm", _FLOATS),
         ("mlp_norm", _FLOATS),
-        *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, NativeWeight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         ("keys", _FLOATS),
         ("values", _FLOATS),
     ]
@@ -57,45 +52,39 @@ class _Sizes(ctypes.Structure):
 
 @dataclass(frozen=True)
 class StepWeight:
-    """A weight [N, K] as the step reads it: dense fp32, or codes with fp32 scales (and zero points) [N, G].
+    """A weight [N, K] that the step takes: dense fp32, or quantized; it reads the tensors as they are stored."""
 
-    ``extra_bytes`` are those of what could not be shared with the weight it was made of.
-    """
-
-    shape: tuple[int, int]
-    bits: int
-    codes: Tensor
-    scale: Tensor | None = None
-    zero: Tensor | None = None
-    values: Tensor | None = None
-    extra_bytes: int = 0
+    weight: Tensor | Weight
 
     @classmethod
     def of(cls, weight: Tensor | Weight, library: ctypes.CDLL) -> StepWeight | None:
-        """``weight`` made ready; None where the compiled code does not take it."""
+        """``weight`` as it is; None where the compiled code does not take it."""
         lanes = library.brise_lanes()
         if isinstance(weight, Tensor):
             dense = weight.dtype == torch.float32 and weight.is_contiguous() and weight.is_cpu
-            if not dense or weight.shape[1] % lanes:
-                return None
-            return cls((weight.shape[0], weight.shape[1]), 32, weight)
-        (n, k), fmt = weight.shape, weight.format
+            return None if not dense or weight.shape[1] % lanes else cls(weight)
+        k = weight.shape[1]
         if weight.g_idx is not None or not weight.qweight.is_cpu or k % lanes:
             return None
-        if not native.takes(fmt, k, weight.groups, library):
+        if not native.takes(weight.format, k, weight.groups, library):
             return None
-        codes, (scale, zero) = weight.qweight.contiguous(), native.parameters(weight)
-        copied = ((codes, weight.qweight), (scale, weight.scales))
-        extra = sum(t.nbytes for t, source in copied if t.data_ptr() != source.data_ptr())
-        return cls(
-            (n, k),
-            reference.BITS[fmt],
-            codes,
-            scale,
-            zero,
-            native._values(fmt, zero is not None),
-            extra + (0 if zero is None else zero.nbytes),
-        )
+        return cls(stored(weight))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """Of a code; 32 where it is dense."""
+        return 32 if isinstance(self.weight, Tensor) else reference.BITS[self.weight.format]
+
+    def described(self) -> NativeWeight:
+        if isinstance(self.weight, Tensor):
+            return NativeWeight(
+                codes=self.weight.data_ptr(), n=self.shape[0], k=self.shape[1], groups=1, bits=32
+            )
+        return described(self.weight)
 
 
 @dataclass(frozen=True)
@@ -157,16 +146,6 @@ class NativeStep:
             "eps": eps, "scale": scale,
         }  # fmt: skip
 
-    @property
-    def extra_bytes(self) -> int:
-        """Of what was made beside the model's own tensors."""
-        return sum(
-            getattr(block, f.name).extra_bytes
-            for block in self.blocks
-            for f in fields(block)
-            if isinstance(getattr(block, f.name), StepWeight)
-        )
-
     def __call__(
         self,
         x: Tensor,
@@ -196,11 +175,11 @@ class NativeStep:
         # a copy of the array, so that two threads of one program may step at once
         blocks = type(self._array)(*self._array)
         for block, k, v in zip(blocks, keys, values, strict=True):
-            block.keys, block.values = native._addresses(k, v)
+            block.keys, block.values = addresses(k, v)
         step = _Step(
             blocks=blocks,
             threads=torch.get_num_threads(), texts=texts, tokens=tokens, slots=keys[0].shape[2], window=window or 0,
-            **self._fixed, **dict(zip(held, native._addresses(*held.values()))),
+            **self._fixed, **dict(zip(held, addresses(*held.values()))),
         )  # fmt: skip
         sizes = _Sizes()
         self.library.brise_step_sizes(ctypes.byref(step), ctypes.byref(sizes))
@@ -212,15 +191,11 @@ class NativeStep:
         return out
 
 
-def _linear(w: StepWeight) -> _Linear:
-    addresses = native._addresses(w.codes, w.scale, w.zero, w.values)
-    groups = 1 if w.scale is None else w.scale.shape[1]
-    return _Linear(*addresses, *w.shape, groups, w.bits)
-
-
 def _block(block: StepBlock) -> _Block:
     parts = {
-        f.name: _linear(part) for f in fields(block) if isinstance(part := getattr(block, f.name), StepWeight)
+        f.name: part.described()
+        for f in fields(block)
+        if isinstance(part := getattr(block, f.name), StepWeight)
     }
-    norms = native._addresses(block.attention_norm, block.mlp_norm)
+    norms = addresses(block.attention_norm, block.mlp_norm)
     return _Block(attention_norm=norms[0], mlp_norm=norms[1], **parts)

@@ -31,22 +31,24 @@ static inline vec number(ivec i) { return _mm512_cvtepi32_ps(i); }
 static inline table16 table(const float *p) { table16 t = {load(p)}; return t; }
 /* the lowest 4 bits of each lane choose */
 static inline vec look(table16 t, ivec i) { return _mm512_permutexvar_ps(i, t.all); }
-static inline ivec words(const uint8_t *p, int count) {
-    return count >= 16 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32((1u << count) - 1, p);
-}
+typedef __mmask16 lanes;
+static inline lanes first_lanes(int count) { return (__mmask16)(count < 16 ? (1u << count) - 1 : 0xffff); }
+static inline ivec words(const uint8_t *p, lanes there) { return _mm512_maskz_loadu_epi32(there, p); }
 static inline ivec signed_bytes(const uint8_t *p, int count) {
     const __m128i all = count >= 16 ? _mm_loadu_si128((const __m128i *)p) : _mm_maskz_loadu_epi8((1u << count) - 1, p);
     return _mm512_cvtepi8_epi32(_mm_xor_si128(all, _mm_set1_epi8(-128)));
 }
 static inline ivec whole(const int32_t *p) { return _mm512_loadu_si512(p); }
-/* p[lane's group], of which there are count */
-static inline vec spread(const float *p, int count, ivec group) {
-    return _mm512_permutexvar_ps(group, _mm512_maskz_loadu_ps((1u << count) - 1, p));
-}
+/* p[index of a lane] */
+static inline vec spread(const float *p, ivec index) { return _mm512_permutexvar_ps(index, load(p)); }
 static inline ivec rounded(vec v) {
     ivec u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     return _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
 }
+static inline vec load_bf16(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+static inline vec load_fp16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 static inline void store_bf16(uint16_t *p, vec v) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(rounded(v)));
 }
@@ -95,22 +97,23 @@ static inline vec look(table16 t, ivec i) {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, i), _mm256_permutevar8x32_ps(t.high, i),
                             _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
 }
-static inline ivec lanes_below(int count) {
+typedef __m256i lanes;
+static inline lanes first_lanes(int count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-static inline ivec words(const uint8_t *p, int count) {
-    return count >= 8 ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskload_epi32((const int *)p, lanes_below(count));
-}
+static inline ivec words(const uint8_t *p, lanes there) { return _mm256_maskload_epi32((const int *)p, there); }
 static inline ivec signed_bytes(const uint8_t *p, int count) {
     uint8_t held[8] = {0};
     for (int i = 0; i < 8 && i < count; i++) held[i] = p[i];
     return _mm256_cvtepi8_epi32(_mm_xor_si128(_mm_loadl_epi64((const __m128i *)held), _mm_set1_epi8(-128)));
 }
 static inline ivec whole(const int32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
-/* p[lane's group], of which there are count */
-static inline vec spread(const float *p, int count, ivec group) {
-    return _mm256_permutevar8x32_ps(_mm256_maskload_ps(p, lanes_below(count)), group);
+/* p[index of a lane] */
+static inline vec spread(const float *p, ivec index) { return _mm256_permutevar8x32_ps(load(p), index); }
+static inline vec load_bf16(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
+static inline vec load_fp16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 static inline void store_bf16(uint16_t *p, vec v) {
     ivec u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     u = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
@@ -140,6 +143,12 @@ static inline vec power(vec v) {
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+
+static inline float from_fp16(uint16_t half) { return _cvtsh_ss(half); }
+static inline float from_bf16(uint16_t half) {
+    const union { uint32_t bits; float number; } wide = {(uint32_t)half << 16};
+    return wide.number;
+}
 
 /* e^v to an ulp or two: v = n ln 2 + r, ln 2 in two parts, and the series of e^r up to r^7, whose rest is below 2^-27 of it. nan stays nan,
    and what is out of range goes to the ends of the range. */

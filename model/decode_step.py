@@ -45,7 +45,7 @@ class DecodeModel:
             afterwards needs a new DecodeModel.
         rows: that are multiplied at once in a decode step.
         invariant: no row of a step depends, in any bit, on the others.
-        repack: on a CPU, copy dense fp32 weights into the layout that is fastest there, and scales into fp32.
+        repack: on a CPU, copy dense fp32 weights into the layout that is fastest there.
         fused: on a GPU, steps in five launches a layer, see :func:`.fused_step.fused_step`.
 
     Attributes:
@@ -92,8 +92,8 @@ class DecodeModel:
         # where operators are so small that calling them is what costs, they are called directly
         self.lean = self.device.type == "cpu"
         self.separate: dict[str, str] = {}
-        self.whole = WholeStep(model, self.heads, rows, repack)
-        self.repacked_bytes = self.whole.extra_bytes
+        self.whole = WholeStep(model, self.heads, rows)
+        self.repacked_bytes = 0
         options = {
             "rows": 1 if invariant else rows,
             "dtype": self.dtype,

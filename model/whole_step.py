@@ -33,17 +33,17 @@ _FEW_ROWS, _FEW_ROWS_DENSE = 64, FEW_ROWS
 class WholeStep:
     """All blocks of a model in one call; where that cannot be, ``step`` is None and ``refused`` says why."""
 
-    def __init__(self, model: MistralForCausalLM, heads: Heads, rows: int, repack: bool) -> None:
+    def __init__(self, model: MistralForCausalLM, heads: Heads, rows: int) -> None:
         self.step: NativeStep | None = None
         self.refused: str | None = None
-        found = self._made(model, heads, rows, repack)
+        found = self._made(model, heads, rows)
         if isinstance(found, str):
             self.refused = found
         else:
             self.step = found
 
     @staticmethod
-    def _made(model: MistralForCausalLM, heads: Heads, rows: int, repack: bool) -> NativeStep | str:
+    def _made(model: MistralForCausalLM, heads: Heads, rows: int) -> NativeStep | str:
         norm, config = model.model.norm.weight, model.config
         if not norm.is_cpu or norm.dtype != torch.float32:
             return f"it computes in fp32 on a CPU, and the model is {norm.dtype} on {norm.device.type}"
@@ -71,8 +71,6 @@ class WholeStep:
                     return f"layers.{i}.{path} is {reason}"
                 if rows > (_FEW_ROWS_DENSE if part.bits == 32 else _FEW_ROWS):
                     return f"{rows} rows at once are more than it is fast for"
-                if part.extra_bytes and not repack:
-                    return f"it would hold the scales of layers.{i}.{path} a second time, in fp32"
                 parts[name] = part
             blocks.append(StepBlock(*norms, *(parts[name] for name in _LAYERS)))
         if not blocks:
@@ -81,11 +79,6 @@ class WholeStep:
         return NativeStep(
             blocks, heads.queries, heads.groups, heads.width, config.rms_norm_eps, scale, library
         )
-
-    @property
-    def extra_bytes(self) -> int:
-        """Of what was made beside the model's own tensors: scales in fp32."""
-        return 0 if self.step is None else self.step.extra_bytes
 
     def __call__(self, x: Tensor, cache: StaticRollingCache, turn: CosSin, first: Tensor) -> Tensor:
         """x fp32 [B, T, D], embedded; the cache has counted the tokens -> [B, T, D] before the last norm."""

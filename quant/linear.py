@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels.checks import TENSORS
 from ..kernels.cpu import INT4PACK_ROWS
-from ..kernels.ops import PackedWeight, pack_weight, quant_matmul, unpack_weight
+from ..kernels.ops import Direct, PackedWeight, direct, needs_no_op, pack_weight, quant_matmul, unpack_weight
 from .config import QuantSpec
 from .double_quant import dynamic_map
 from .formats import FORMATS, IMPORTED
@@ -118,6 +118,7 @@ class QuantLinear(_Quantized, nn.Linear):
         self.tied = False
         self.layout = "portable"
         self._prepared: tuple[torch.dtype, ...] = ()
+        self._direct: Direct | None = None
         for name in TENSORS:
             self.register_buffer(_PACKED + name, None, persistent=False)
 
@@ -137,6 +138,9 @@ class QuantLinear(_Quantized, nn.Linear):
         """x [..., in_features] of any float dtype -> [..., out_features] of the same dtype (autocast's under it)."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected an input [..., {self.in_features}], got {list(x.shape)}")
+        if needs_no_op(x, self.bias) and self._multiplies_directly(x):
+            assert self._direct is not None
+            return self._direct(x, self.bias)
         if self.spec.format in IMPORTED:  # no kernel knows those
             weight = self.quantized().dequantize(x.dtype)
             return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
@@ -169,6 +173,21 @@ class QuantLinear(_Quantized, nn.Linear):
             self._prepared = (*self._prepared, dtype)
         return True
 
+    def _multiplies_directly(self, x: Tensor) -> bool:
+        """Whether the way without checks is open: it was made, and for the tensors that are here now."""
+        direct = self._direct
+        if direct is None or torch.is_autocast_enabled("cpu") or not direct.takes(x, self.batch_invariant):
+            return False
+        for name, place in direct.places.items():
+            tensor = self._buffers.get(name if name != "scales_map" else _PACKED + name)
+            if tensor is None or tensor.data_ptr() != place:
+                return False
+        return self.bias is None or (self.bias.is_cpu and self.bias.shape == self.shape[:1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what points into this process's memory; a copy makes its own."""
+        return {**self.__dict__, "_direct": None, "_prepared": ()}
+
     def packed(self, dtype: torch.dtype) -> PackedWeight:
         """The weight as it multiplies activations of ``dtype``, made ready; it shares this module's storage."""
         self.prepare(dtype)
@@ -183,6 +202,7 @@ class QuantLinear(_Quantized, nn.Linear):
         for name in TENSORS:
             if packed.layout != "portable" or name == "scales_map":
                 self._buffers[_PACKED + name] = packed.tensors.get(name)
+        self._direct = direct(packed, dtype)
         if packed.layout == "tiles" and not self.tied:
             for name in stored:
                 self._buffers[name] = None
@@ -194,13 +214,14 @@ class QuantLinear(_Quantized, nn.Linear):
                 self._buffers[name] = tensor
         for name in TENSORS:
             self._buffers[_PACKED + name] = None
-        self.layout, self._prepared = "portable", ()
+        self.layout, self._prepared, self._direct = "portable", (), None
 
     def _weight(self, layout: str) -> PackedWeight:
         tensors = {}
         for name in TENSORS:
             prefix = _PACKED if layout != "portable" or name == "scales_map" else ""
-            tensor = getattr(self, prefix + name, None)
+            # not getattr, which takes a module as long as a small product takes
+            tensor = self._buffers.get(prefix + name)
             if tensor is not None:
                 tensors[name] = tensor
         return PackedWeight(self.spec.format, self.shape, layout, tensors)

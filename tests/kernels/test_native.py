@@ -1,5 +1,6 @@
 """The compiled products of the CPU: decoded to the bit, multiplied within the budget, and what happens without them."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from brise.kernels import native, ops, reference
 from brise.kernels.budget import check_budget
 from brise.kernels.reference import Weight
 from brise.quant.config import QuantSpec
+from brise.quant.double_quant import dynamic_map
 from brise.quant.rtn import rtn
 
 KINDS = {"AVX512_BF16": 16, "AVX512": 16, "AVX2": 8}
@@ -17,6 +19,7 @@ KINDS = {"AVX512_BF16": 16, "AVX512": 16, "AVX2": 8}
 RUNNABLE = list(KINDS)[list(KINDS).index(native.processor()) :] if native.processor() in KINDS else []
 CASES = [
     ("nf4", 64, True),
+    ("nf4-dq", 64, True),
     ("fp4", 32, True),
     ("int4", None, True),
     ("int4", 32, False),
@@ -39,34 +42,85 @@ def library(request):
     return found
 
 
-def weight(fmt, group, symmetric, n=37, k=256):
+def weight(fmt, group, symmetric, n=37, k=768):
+    """Of more than 256 scales, which share one absmax where they are quantized, and an odd number of zero points."""
     torch.manual_seed(3)
-    spec = QuantSpec(format=fmt, group_size=group, symmetric=symmetric)
-    q = rtn(torch.randn(n, k) + 0.3, spec)
-    tensors = q.tensors
-    return Weight(fmt, (n, k), tensors["qweight"], tensors["scales"], tensors.get("zeros"))
+    fmt, _, double = fmt.partition("-")
+    spec = QuantSpec(format=fmt, group_size=group, symmetric=symmetric, double_quant=bool(double))
+    q = rtn(torch.randn(n, k) * torch.rand(n, 1) + 0.3, spec)
+    values = dynamic_map(torch.device("cpu")) if double else None
+    return Weight(fmt, (n, k), **q.tensors, scales_map=values)
 
 
+@pytest.mark.parametrize("k", [768, 1216], ids=["short", "long"])
 @pytest.mark.parametrize("fmt, group, symmetric", CASES)
-def test_products_keep_the_budget_and_rows_know_nothing_of_one_another(library, fmt, group, symmetric):
-    w = weight(fmt, group, symmetric)
+def test_products_keep_the_budget_and_rows_know_nothing_of_one_another(library, fmt, group, symmetric, k):
+    """Long rows of integers are multiplied in integers where the processor can; 1216 ends within a chunk."""
+    w = weight(fmt, group, symmetric, k=k + 64 * (group == 128 and k == 1216))
     dense = reference.dequantize(w, torch.float64)
-    x = torch.randn(11, 256)
-    out = native.matmul(x, w, library)
+    x = torch.randn(11, w.shape[1])
+    out = native.matmul(x, w, None, library)
     check_budget(out, x @ dense.float().T, x.double() @ dense.T, fmt)
     for rows in (x[:1], x[3:5], x[4:11], x[:0]):
         first = 0 if rows.shape[0] in (0, 1) else 3 if rows.shape[0] == 2 else 4
-        assert torch.equal(native.matmul(rows, w, library), out[first : first + rows.shape[0]])
+        assert torch.equal(native.matmul(rows, w, None, library), out[first : first + rows.shape[0]])
     turned = x.t().contiguous().t()
-    assert torch.equal(native.matmul(turned, w, library), out), "strided activations"
+    assert torch.equal(native.matmul(turned, w, None, library), out), "strided activations"
 
 
 @pytest.mark.parametrize("dtype", list(native.DTYPES))
 @pytest.mark.parametrize("fmt, group, symmetric", [case for case in CASES if case[0] != "int2"])
 def test_decoded_to_the_bit(library, fmt, group, symmetric, dtype):
     w = weight(fmt, group, symmetric)
-    out = native.decode(w.qweight, fmt, *native.parameters(w), torch.empty(w.shape, dtype=dtype), library)
+    out = native.decode(w, 0, torch.empty(w.shape, dtype=dtype), library)
     assert torch.equal(out, reference.dequantize(w, dtype))
+
+
+@pytest.mark.parametrize("dtype", list(native.DTYPES))
+@pytest.mark.parametrize("fmt, symmetric", [("int4", True), ("int4", False), ("int2", True), ("int2", False)])
+def test_activations_of_every_size_in_integers(library, fmt, symmetric, dtype):
+    """Each lane has a power of 2 of its own: between the least and the largest numbers, and just where a byte would not
+    hold what is rounded up; what is no finite number makes its row nan, and no other."""
+    w = weight(fmt, 32, symmetric, n=20, k=1024)
+    dense = reference.dequantize(w, torch.float64)
+    largest = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: 2.0**10}[dtype]
+    sizes = torch.tensor([2.0**-100, 2.0**-20, 1.0, largest])
+    near = 2 - torch.arange(1024, dtype=torch.float64) * 2.0**-19
+    torch.manual_seed(4)
+    signs = torch.randint(0, 2, (8, 1024)) * 2 - 1
+    x = torch.cat(
+        [torch.randn(4, 1024) * sizes[:, None], near.float() * signs[:4], torch.randn(1, 1024) * signs[:1]]
+    )
+    x[8, ::3] *= 1e-6
+    x = x.to(dtype)
+    out = native.matmul(x, w, None, library)
+    for row in range(len(x)):  # each by itself, or the largest would hide the rest
+        exact = x[row].double() @ dense.T
+        check_budget(out[row], x[row] @ dense.to(dtype).T, exact)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        broken = x.clone()
+        broken[2, 700] = bad
+        found = native.matmul(broken, w, None, library)
+        assert not found[2].isfinite().any() and torch.equal(found[[0, 1, 3]], out[[0, 1, 3]])
+    assert not native.matmul(torch.zeros(1, 1024, dtype=dtype), w, None, library).any()
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("group", [32, 48])
+def test_scales_are_read_in_any_dtype(library, stored, group):
+    """Two or three groups' worth of codes; rows that do not begin at the first, and a last strip cut short."""
+    w = weight("int8", group, False, n=21, k=480)
+    w = dataclasses.replace(w, scales=w.scales.to(stored))
+    assert native.decodes("int8", 480, 480 // group, library)
+    out = native.decode(w, 5, torch.empty(16, 480), library)
+    assert torch.equal(out, reference.dequantize(w)[5:])
+    x = torch.randn(3, 480)
+    dense = reference.dequantize(w, torch.float64)
+    for dtype in native.DTYPES:
+        given = x.to(dtype)
+        check_budget(
+            native.matmul(given, w, None, library), given.float() @ dense.float().T, given.double() @ dense.T
+        )
 
 
 @pytest.mark.parametrize("n, k, m", [(37, 64, 11), (5, 1024, 1), (16, 16, 4)])
@@ -101,11 +155,19 @@ def test_every_code_of_every_phase(library):
         w = Weight(fmt, (1, width), packed, torch.full((1, 1), 2.0))
         values = reference.CODEBOOKS.get(fmt) or [float(c - count // 2) for c in range(count)]
         expected = torch.tensor([values[c] for c in codes.tolist()]) * 2
-        assert torch.equal(native.matmul(torch.eye(width), w, library)[:, 0], expected)
+        assert torch.equal(native.matmul(torch.eye(width), w, None, library)[:, 0], expected)
 
 
 @pytest.mark.parametrize(
-    "fmt, width, groups", [("nf4", 4, 1), ("int4", 72, 3), ("int3", 64, 1), ("int2", 8, 1)]
+    "fmt, width, groups",
+    [
+        ("nf4", 4, 1),
+        ("int4", 72, 3),
+        ("int3", 64, 1),
+        ("int2", 8, 1),
+        ("int8", 1 << 16, 4096),
+        ("int4", 1 << 20, 1),
+    ],
 )
 def test_what_is_not_taken_goes_the_other_way(fmt, width, groups):
     library = native.active()

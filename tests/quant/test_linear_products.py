@@ -3,12 +3,13 @@
 import contextlib
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from brise.kernels import native
+from brise.kernels import native, ops
 from brise.kernels.budget import check_budget
 from brise.kernels.ops import dequantize, pack_weight
 from brise.quant import linear
@@ -212,3 +213,45 @@ def test_a_head_tied_to_the_embedding_leaves_it_its_tensors(layouts):
     expect(head, torch.randn(2, 128), head.quantized())
     assert head.qweight is embedding.qweight and torch.equal(embedding(torch.arange(4)), rows)
     assert head.layout == ("tiles" if layouts == "tiles" else "portable")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int4", "int4-asym", "nf4-dq", "int2-asym-dq"])
+def test_the_direct_product_is_the_one_with_checks(name, dtype):
+    """To the bit, with a bias and rows in any arrangement; and it steps aside where it is not meant."""
+    module = QuantLinear.from_quantized(make(name), torch.randn(64))
+    if native.active() is None:
+        pytest.skip("there is no C compiler here")
+    x = torch.randn(2, 3, 128).to(dtype).transpose(0, 1)
+    with torch.no_grad():
+        module(x)
+        assert module._direct is not None and module._multiplies_directly(x)
+        expected = ops.quant_matmul(x, module._weight("portable"), module.bias)
+        assert torch.equal(module(x), expected) and expected.dtype == dtype
+        assert module(x[:0]).shape == (0, 2, 64)
+        assert not module._multiplies_directly(x.double())
+        assert not module._multiplies_directly(torch.empty(65, 128, dtype=dtype))
+        with native.without():
+            assert not module._multiplies_directly(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert module(x.float()).dtype == torch.bfloat16
+        # a copy, or what was pickled, points at its own tensors
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            other.get_buffer("qweight").zero_()
+            assert not torch.equal(other(x), expected)
+        assert torch.equal(module(x), expected)
+        module.get_buffer("scales").data = module.get_buffer("scales").clone()
+        assert not module._multiplies_directly(x), "another place in memory"
+        assert torch.equal(module(x), expected)
+        module.bias.data = torch.zeros(1)
+        with pytest.raises(ValueError, match="bias must be"):
+            module(x)
+
+
+def test_the_direct_product_leaves_gradients_to_the_op():
+    module = QuantLinear.from_quantized(make("int4"))
+    x = torch.randn(2, 128)
+    module(x)
+    x.requires_grad_()
+    module(x).sum().backward()
+    assert torch.allclose(x.grad, module.quantized().dequantize().sum(0).expand(2, -1), atol=1e-4)

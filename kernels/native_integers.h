@@ -1,0 +1,151 @@
+/* Products with integer weights of 2 and 4 bits in integers, where the processor adds up products of bytes (VNNI).
+   Included by native.c.
+
+   What a lane multiplies of a chunk of x, 8 or 16 channels, is written as whole numbers q of up to 24 bits in units of a
+   power of 2, and these as three signed bytes, q = d0 + 256 d1 + 65536 d2: four products of a code with a byte are then
+   one step of an instruction. What they add up to in a lane, at most 8 * 15 or 16 * 3 times 2^23, fits 32 bits, so every
+   sum up to there is exact; only then scales come in, in fp32. x itself is rounded, by 2^-23 of the largest at most,
+   which is less than what it costs to add up such products in fp32; bf16 down to 2^-15 of the largest is not.
+
+   Like the other products it adds up the same numbers in the same order whatever stands beside a row. */
+
+typedef void block(const strip *, ptrdiff_t, int, int, const void *, float *);
+
+#ifdef __AVX512VNNI__
+
+/* a chunk of x: what the q of each lane add up to, their unit, then three bytes' vectors for each code of a
+   byte */
+static ptrdiff_t vectors_of(int bits) { return 2 + 3 * (8 / bits); }
+static ptrdiff_t integers_size(const weight *w) { return ordered_size(w) / (32 / w->bits) * 4 * vectors_of((int)w->bits); }
+
+INLINE void integers_kind(int kind, int bits, const weight *w, const void *x, ptrdiff_t token, char *own) {
+    const int a_word = 32 / bits, phases = 8 / bits;
+    const ivec steps = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                          _mm512_set1_epi32(a_word));
+    for (ptrdiff_t at = 0; at < w->k; at += a_word * LANES, own += vectors_of(bits) * 64) {
+        float numbers[16 * LANES];
+        const ptrdiff_t left = w->k - at < a_word * LANES ? w->k - at : a_word * LANES;
+        for (ptrdiff_t i = left; i < a_word * LANES; i++) numbers[i] = 0;
+        if (kind == FP32) for (ptrdiff_t i = 0; i < left; i++) numbers[i] = ((const float *)x)[token * w->k + at + i];
+        else halves_to_floats(kind, (const uint16_t *)x + token * w->k + at, numbers, left);
+        ivec magnitude = _mm512_setzero_si512();
+        for (int i = 0; i < a_word; i++) {
+            const ivec bits_of = _mm512_castps_si512(_mm512_i32gather_ps(steps, numbers + i, 4));
+            magnitude = _mm512_max_epu32(magnitude, _mm512_and_si512(bits_of, _mm512_set1_epi32(0x7fffffff)));
+        }
+        /* with the unit 2^-22 times the power of 2 below the largest, or twice that where the bytes could not hold it */
+        ivec power = _mm512_srli_epi32(_mm512_add_epi32(magnitude, _mm512_set1_epi32((1 << 24) - 2 * 0x7f7f7f - 1)), 23);
+        power = _mm512_max_epi32(power, _mm512_set1_epi32(24)); /* and all of it numbers that are no denormals */
+        const vec unit = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_sub_epi32(power, _mm512_set1_epi32(22)), 23));
+        const vec units = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(276), power), 23));
+        const __mmask16 finite = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
+        ivec words[4][3] = {{{0}}}, sum = _mm512_setzero_si512();
+        for (int i = 0; i < a_word; i++) {
+            const vec v = _mm512_i32gather_ps(steps, numbers + i, 4);
+            const ivec q = _mm512_cvtps_epi32(mul(v, units)), half = _mm512_set1_epi32(128);
+            const ivec high = _mm512_srai_epi32(_mm512_add_epi32(q, half), 8);
+            const ivec digits[3] = {q, high, _mm512_srai_epi32(_mm512_add_epi32(high, half), 8)};
+            sum = _mm512_add_epi32(sum, q);
+            for (int d = 0; d < 3; d++) {
+                const ivec byte = _mm512_and_si512(digits[d], _mm512_set1_epi32(255));
+                words[i % phases][d] = _mm512_or_si512(words[i % phases][d], _mm512_slli_epi32(byte, i / phases * 8));
+            }
+        }
+        _mm512_storeu_si512(own, sum);
+        store((float *)(own + 64), _mm512_mask_blend_ps(finite, all(NAN), unit)); /* of what is not finite all is nan */
+        for (int i = 0; i < phases; i++)
+            for (int d = 0; d < 3; d++) _mm512_storeu_si512(own + (2 + 3 * i + d) * 64, words[i][d]);
+    }
+}
+
+static void order_token_integers(int kind, const weight *w, const void *x, ptrdiff_t token, char *own) {
+    own += token * integers_size(w);
+    if (w->bits == 2 && kind == FP32) integers_kind(FP32, 2, w, x, token, own);
+    else if (w->bits == 2 && kind == BF16) integers_kind(BF16, 2, w, x, token, own);
+    else if (w->bits == 2) integers_kind(FP16, 2, w, x, token, own);
+    else if (kind == FP32) integers_kind(FP32, 4, w, x, token, own);
+    else if (kind == BF16) integers_kind(BF16, 4, w, x, token, own);
+    else integers_kind(FP16, 4, w, x, token, own);
+}
+
+INLINE void product_integers(int bits, int has_zero, int rows, int tokens, const strip *s, ptrdiff_t n, const char *x,
+                             float *out) {
+    const int phases = 8 / bits;
+    const cut *c = s->c;
+    const uint8_t *own = (const uint8_t *)s->w->codes + n * c->row;
+    const ptrdiff_t record = vectors_of(bits) * 64, token = record * c->chunks; /* bytes */
+    const ivec mask = _mm512_set1_epi8((1 << bits) - 1);
+    vec sums[4][4];
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) sums[r][t] = all(0);
+    const ptrdiff_t row = c->row, wide = scales_a_row(c), chunks = c->chunks;
+    const float *scales = s->scale + (n - s->first) * wide, *zeros = s->zero + (n - s->first) * wide;
+    for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, x += record) {
+        const lanes there = first_lanes((int)(row - chunk * 4 * LANES) / 4);
+        ivec codes[4][4], parts[4][4][3];
+        for (int r = 0; r < rows; r++) {
+            const uint8_t *p = own + r * row + chunk * 4 * LANES;
+            __builtin_prefetch(p + rows * row);
+            const ivec all_codes = words(p, there);
+            for (int i = 0; i < phases; i++)
+                codes[r][i] = _mm512_and_si512(i ? _mm512_srli_epi16(all_codes, bits * i) : all_codes, mask);
+        }
+        for (int t = 0; t < tokens; t++) {
+            const ivec sum = _mm512_loadu_si512(x + t * token);
+            for (int r = 0; r < rows; r++) {
+                /* without zero points all have the middle one */
+                const ivec middle = _mm512_slli_epi32(sum, bits - 1), none = _mm512_setzero_si512();
+                parts[r][t][0] = has_zero ? none : _mm512_sub_epi32(none, middle);
+                parts[r][t][1] = parts[r][t][2] = none;
+                for (int i = 0; i < phases; i++)
+                    for (int d = 0; d < 3; d++)
+                        parts[r][t][d] = _mm512_dpbusd_epi32(
+                            parts[r][t][d], codes[r][i], _mm512_loadu_si512(x + t * token + (2 + 3 * i + d) * 64));
+            }
+        }
+        for (int r = 0; r < rows; r++) {
+            const vec scale = of_lanes(scales + r * wide + chunk * c->scales, c);
+            ivec zero = _mm512_setzero_si512();
+            if (has_zero) zero = _mm512_cvtps_epi32(of_lanes(zeros + r * wide + chunk * c->scales, c));
+            for (int t = 0; t < tokens; t++) {
+                ivec part = _mm512_add_epi32(parts[r][t][1], _mm512_slli_epi32(parts[r][t][2], 8));
+                part = _mm512_add_epi32(parts[r][t][0], _mm512_slli_epi32(part, 8));
+                if (has_zero)
+                    part = _mm512_sub_epi32(part, _mm512_mullo_epi32(zero, _mm512_loadu_si512(x + t * token)));
+                const vec unit = load((const float *)(x + t * token + 64));
+                sums[r][t] = fma3(mul(number(part), scale), unit, sums[r][t]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) out[t * s->stride + n + r] = total(sums[r][t]);
+}
+
+#define INTEGERS(BITS, ZERO) \
+    static void block_integers_##BITS##_##ZERO(const strip *s, ptrdiff_t n, int rows, int tokens, const void *x, \
+                                               float *out) { \
+        SIZES(product_integers, BITS, ZERO) \
+    }
+INTEGERS(2, 0) INTEGERS(2, 1) INTEGERS(4, 0) INTEGERS(4, 1)
+
+static block *block_integers(const weight *w) {
+    if (w->bits == 2) return w->zero ? block_integers_2_1 : block_integers_2_0;
+    return w->zero ? block_integers_4_1 : block_integers_4_0;
+}
+
+/* whether the weight's product is the one in integers: not of short rows, which fp32 adds up with less error; and zero
+   points that are stored as fp32 may be no whole numbers */
+static int in_integers(const weight *w) {
+    return w->integers && w->bits < 8 && w->k >= 1024 && (!w->zero || w->zero_packed);
+}
+
+#else
+
+static int in_integers(const weight *w) { return (void)w, 0; }
+static block *block_integers(const weight *w) { return (void)w, (block *)0; }
+static ptrdiff_t integers_size(const weight *w) { return (void)w, 0; }
+static void order_token_integers(int kind, const weight *w, const void *x, ptrdiff_t token, char *own) {
+    (void)kind, (void)w, (void)x, (void)token, (void)own;
+}
+
+#endif

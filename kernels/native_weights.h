@@ -1,0 +1,165 @@
+/* A weight as it is stored, and what a product needs of it and of x. Included by native.c; laid out for Python in
+   native_weights.py.
+
+   N rows of packed codes of 2, 4 or 8 bits, K of them a row, the first of a byte in its lowest bits; a scale, and where
+   there are any a zero point, for each of G groups of a row.
+       w[n][k] = (value(code) - zero[n][g]) * scale[n][g]
+   With up to 4 bits value is a table of 16, which fits one AVX-512 register, so that looking up 16 codes is one
+   instruction; 8-bit codes are their own values. A dense weight, of 32 bits, is fp32 [N][K] in place of codes.
+
+   Scales and zero points are read as they are stored, a strip of rows at a time, so that no second copy of them is
+   held or, worse, made for every product: the pages of that would cost as much as the product itself. */
+
+enum { FP32 = 0, BF16 = 1, FP16 = 2, DOUBLE = 3 };
+/* double-quantized scales that share one absmax */
+enum { SCALE_BLOCK = 256 };
+/* rows that stay in the cache while all tokens pass */
+enum { STRIP = 16 };
+
+typedef struct {
+    const void *codes;
+    const void *scale;         /* [N][G] of kind FP32, BF16 or FP16; DOUBLE: bytes, map[byte] * absmax + offset */
+    const void *zero;          /* 0 for none; fp32 [N][G], or packed as codes are, whole bytes a row */
+    const float *values;       /* [16] */
+    const float *absmax, *map, *offset; /* of DOUBLE: [ceil(N * G / 256)], [256], [1] */
+    int64_t n, k, groups, bits, scale_kind, zero_packed, integers; /* integers: a code is its own value */
+} weight;
+
+/* How a row is cut. Codes are read a chunk at a time, as many 32-bit words as a register has lanes; a group is a part of a
+   chunk, or chunks. Bytes of a row and of a chunk, chunks; scales of a chunk, 1 or more and then that of each lane; chunks
+   of a group. */
+typedef struct {
+    ptrdiff_t row, chunk, chunks, scales, group;
+    int32_t lane[LANES];
+} cut;
+
+static cut cut_of(const weight *w) {
+    cut c = {w->k * w->bits / 8, w->bits == 8 ? LANES : 4 * LANES, 0, 1, 1, {0}};
+    if (w->bits == 32) return c;
+    const ptrdiff_t group = c.row / w->groups;
+    c.chunks = (c.row + c.chunk - 1) / c.chunk;
+    if (w->groups == 1) c.group = c.chunks; /* it may end within a chunk */
+    else if (group >= c.chunk) c.group = group / c.chunk;
+    else c.scales = c.chunk / group;
+    for (int i = 0; i < LANES && c.scales > 1; i++) c.lane[i] = (int32_t)(i * (c.chunk / LANES) / group);
+    return c;
+}
+
+/* numbers that a row has of scales, by chunks */
+static ptrdiff_t scales_a_row(const cut *c) { return c->chunks * c->scales; }
+
+INLINE vec load_kind(int kind, const void *p, ptrdiff_t at) {
+    if (kind == FP32) return load((const float *)p + at);
+    return kind == BF16 ? load_bf16((const uint16_t *)p + at) : load_fp16((const uint16_t *)p + at);
+}
+
+INLINE void halves_to_floats(int kind, const uint16_t *from, float *to, ptrdiff_t count) {
+    ptrdiff_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load_kind(kind, from, i));
+    if (i == count) return;
+    uint16_t last[LANES] = {0};
+    float found[LANES];
+    for (ptrdiff_t j = i; j < count; j++) last[j - i] = from[j];
+    store(found, load_kind(kind, last, 0));
+    for (ptrdiff_t j = i; j < count; j++) to[j] = found[j - i];
+}
+
+/* the scales of rows n .. n+rows -> fp32 [rows][G] */
+static void scales_of(const weight *w, ptrdiff_t n, ptrdiff_t rows, float *to) {
+    const ptrdiff_t first = n * w->groups, count = rows * w->groups;
+    if (w->scale_kind == FP32)
+        for (ptrdiff_t i = 0; i < count; i++) to[i] = ((const float *)w->scale)[first + i];
+    else if (w->scale_kind == BF16) halves_to_floats(BF16, (const uint16_t *)w->scale + first, to, count);
+    else if (w->scale_kind == FP16) halves_to_floats(FP16, (const uint16_t *)w->scale + first, to, count);
+    else
+        for (ptrdiff_t i = 0, stop; i < count; i = stop) {
+            stop = ((first + i) / SCALE_BLOCK + 1) * SCALE_BLOCK - first;
+            if (stop > count) stop = count;
+            const float absmax = w->absmax[(first + i) / SCALE_BLOCK], offset = *w->offset;
+            for (ptrdiff_t j = i; j < stop; j++) to[j] = w->map[((const uint8_t *)w->scale)[first + j]] * absmax + offset;
+        }
+}
+
+/* and the zero points, where there are any */
+static void zeros_of(const weight *w, ptrdiff_t n, ptrdiff_t rows, float *to) {
+    const ptrdiff_t row = (w->groups * w->bits + 7) / 8, a_byte = 8 / w->bits, whole_bytes = w->groups / a_byte;
+    if (!w->zero) return;
+    if (!w->zero_packed) {
+        for (ptrdiff_t i = 0; i < rows * w->groups; i++) to[i] = ((const float *)w->zero)[n * w->groups + i];
+        return;
+    }
+    const uint8_t *from = (const uint8_t *)w->zero + n * row;
+    for (ptrdiff_t r = 0; r < rows; r++, from += row, to += w->groups) {
+        if (w->bits == 4) /* the usual case, written so that compilers see it */
+            for (ptrdiff_t i = 0; i < whole_bytes; i++) to[2 * i] = from[i] & 15, to[2 * i + 1] = from[i] >> 4;
+        for (ptrdiff_t g = w->bits == 4 ? 2 * whole_bytes : 0; g < w->groups; g++)
+            to[g] = from[g / a_byte] >> g % a_byte * w->bits & ((1 << w->bits) - 1);
+    }
+}
+
+/* A row's parameters are wanted as [chunks][scales of a chunk], zeros behind the row's end, so that a product need not ask
+   where its groups end. As a rule that is how they are; else [G] becomes so, from the last to the first, in place. */
+static void by_chunks(const cut *c, ptrdiff_t groups, ptrdiff_t rows, float *p) {
+    const ptrdiff_t wide = scales_a_row(c);
+    if (wide == groups) return;
+    for (ptrdiff_t r = rows; r-- > 0;) {
+        const float *from = p + r * groups;
+        float *to = p + r * wide;
+        for (ptrdiff_t i = wide; i-- > groups * c->group;) to[i] = 0;
+        for (ptrdiff_t g = groups; g-- > 0;) {
+            const float v = from[g];
+            for (ptrdiff_t i = 0; i < c->group; i++) to[g * c->group + i] = v;
+        }
+    }
+}
+
+/* rows first .. of a weight, with their scales and zero points by chunks, and where the results go: `stride` numbers a
+   token */
+typedef struct {
+    const weight *w;
+    const cut *c;
+    const float *scale, *zero;
+    ptrdiff_t first, stride;
+} strip;
+
+/* the scales, or zero points, p of a chunk's lanes; reads LANES of them */
+INLINE vec of_lanes(const float *p, const cut *c) { return c->scales == 1 ? all(*p) : spread(p, whole(c->lane)); }
+
+/* numbers that a token of x has in the order of the product, zeros behind its end among them */
+static ptrdiff_t ordered_size(const weight *w) {
+    const ptrdiff_t chunk = (w->bits >= 8 ? 1 : 32 / w->bits) * LANES;
+    return (w->k + chunk - 1) / chunk * chunk;
+}
+
+/* All first codes of a chunk's words are multiplied, then all second ones, so x [M][K] is put into the order [M][chunks]
+   [codes a word][lanes], in fp32. */
+INLINE void order_kind(int kind, const weight *w, const void *x, ptrdiff_t token, float *own) {
+    const ptrdiff_t a_word = w->bits >= 8 ? 1 : 32 / w->bits, size = ordered_size(w);
+    for (ptrdiff_t at = 0; at < size; at += a_word * LANES)
+        for (ptrdiff_t i = 0; i < a_word; i++)
+            for (ptrdiff_t lane = 0; lane < LANES; lane++) {
+                const ptrdiff_t k = at + lane * a_word + i, from = token * w->k + k;
+                float v = 0;
+                if (k < w->k && kind == FP32) v = ((const float *)x)[from];
+                if (k < w->k && kind == BF16) v = from_bf16(((const uint16_t *)x)[from]);
+                if (k < w->k && kind == FP16) v = from_fp16(((const uint16_t *)x)[from]);
+                own[token * size + at + i * LANES + lane] = v;
+            }
+}
+
+static void order_token(int kind, const weight *w, const void *x, ptrdiff_t token, float *own) {
+    if (kind == FP32) order_kind(FP32, w, x, token, own);
+    else if (kind == BF16) order_kind(BF16, w, x, token, own);
+    else order_kind(FP16, w, x, token, own);
+}
+
+/* the same for a product in bf16: 4 bits, and twice as many words, of 16 bits, at a time */
+static void order_token_bf16(const weight *w, const uint16_t *x, ptrdiff_t token, uint16_t *own) {
+    const ptrdiff_t size = ordered_size(w);
+    for (ptrdiff_t at = 0; at < size; at += 8 * LANES)
+        for (ptrdiff_t i = 0; i < 4; i++)
+            for (ptrdiff_t word = 0; word < 2 * LANES; word++) {
+                const ptrdiff_t k = at + word * 4 + i;
+                own[token * size + at + i * 2 * LANES + word] = k < w->k ? x[token * w->k + k] : 0;
+            }
+}
