@@ -48,16 +48,17 @@ def matmul(x: Tensor, w: Weight, bias: Tensor | None = None, batch_invariant: bo
     """x [M, K] @ W^T (+ bias) -> [M, N] in x's dtype; sums in fp32, or in x's dtype's own product for many
     rows."""
     compiled = compiled_for(w, x.dtype)
-    if compiled is not None and (batch_invariant or x.shape[0] <= few_rows(w.format, x)):
+    if compiled is not None and (batch_invariant or x.shape[0] <= few_rows(w.format, x.dtype)):
         return native.matmul(x, w, bias, compiled)
     if _takes_int8pack(x, w, batch_invariant):
         return _int8pack(x, w, bias, batch_invariant)
     return _in_blocks(x, w, bias, batch_invariant, compiled)
 
 
-def few_rows(fmt: str, x: Tensor) -> int:
-    """Rows up to which the compiled product is the faster one for ``x``."""
-    return _FEW_ROWS_BF16[fmt == "int8"] if _multiplies_bf16(x) else _FEW_ROWS
+def few_rows(fmt: str, dtype: torch.dtype) -> int:
+    """Rows of ``dtype`` up to which the compiled product is the faster one."""
+    fast = dtype == torch.bfloat16 and _has_bf16_products()
+    return _FEW_ROWS_BF16[fmt == "int8"] if fast else _FEW_ROWS
 
 
 def compiled_for(w: Weight, dtype: torch.dtype) -> CDLL | None:

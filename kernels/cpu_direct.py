@@ -19,7 +19,9 @@ class Direct:
     """
 
     def __init__(self, w: Weight, library: CDLL) -> None:
-        self.library, self.format, self.shape = library, w.format, w.shape
+        self.library, self.shape = library, w.shape
+        # numbers of x up to which it is the faster way
+        self.most = {dtype: cpu.few_rows(w.format, dtype) * w.shape[1] for dtype in native.DTYPES}
         self.weight = native.stored(w)
         self.described = native.described(self.weight)
         names = ("qweight", "scales", "zeros", "scales_absmax", "scales_offset", "scales_map")
@@ -34,12 +36,9 @@ class Direct:
 
     def takes(self, x: Tensor, batch_invariant: bool) -> bool:
         """Whether it is for these rows [..., K]; else the way is :func:`.cpu.matmul`'s."""
-        if x.dtype not in native.DTYPES or native.active() is not self.library:
-            return False
-        return batch_invariant or x.numel() <= cpu.few_rows(self.format, x) * self.shape[1]
+        most = self.most.get(x.dtype)
+        return most is not None and native.active() is self.library and (batch_invariant or x.numel() <= most)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] on the CPU @ W^T (+ bias [N]) -> [..., N] in x's dtype, the bits of :func:`.cpu.matmul`."""
-        n, k = self.shape
-        rows = native.multiply(x.reshape(-1, k), self.described, self.shape, bias, self.library)
-        return rows.view(*x.shape[:-1], n)
+        return native.multiply(x, self.described, self.shape, bias, self.library)

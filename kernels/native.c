@@ -1,6 +1,7 @@
 /* The compiled part of the CPU's products and of its decode step, for brise/kernels/native.py, which compiles this
    file: what Python calls. */
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "native_vectors.h"
@@ -29,11 +30,14 @@ INLINE void put(int kind, void *out, ptrdiff_t at, vec v) {
     else store_fp16((uint16_t *)out + at, v);
 }
 
-/* x [M][K] times w, plus an fp32 bias [N] where there is one -> out [M][N], both of a kind. `own` has room for M times K
-   numbers in fp32, K in whole blocks of 256, and for M times N of them. */
-void brise_matmul(const weight *w, const void *x, const float *bias, float *own, void *out, ptrdiff_t m, int kind) {
-    const int integers = in_integers(w), bf16 = in_bf16(w, kind);
-    float *sums = own, *ordered_x = own + m * w->n;
+/* x [M][K] times w, plus an fp32 bias [N] where there is one -> out [M][N], both of a kind; 1 where there is no memory for
+   it */
+int brise_matmul(const weight *w, const void *x, const float *bias, void *out, ptrdiff_t m, int kind) {
+    const int integers = in_integers(w), bf16 = in_bf16(w, kind), direct = kind == FP32 && !bias;
+    /* a product in integers takes no more than one in fp32 */
+    float *ordered_x = malloc(m * (ordered_size(w) + (direct ? 0 : w->n)) * sizeof(float) + 1);
+    if (!ordered_x) return 1;
+    float *sums = direct ? out : ordered_x + m * ordered_size(w);
 #pragma omp parallel for schedule(static) if (m * w->k > 1 << 15)
     for (ptrdiff_t t = 0; t < m; t++) {
         if (integers) order_token_integers(kind, w, x, t, (char *)ordered_x);
@@ -41,10 +45,8 @@ void brise_matmul(const weight *w, const void *x, const float *bias, float *own,
         else order_token(kind, w, x, t, ordered_x);
     }
     const ptrdiff_t token = integers ? integers_size(w) : ordered_size(w) * (bf16 ? 2 : 4);
-    if (kind == FP32 && !bias) sums = out;
     all_blocks(bf16 ? block_bf16 : block_for(w), w, ordered_x, token, m, sums);
-    if (sums == out) return;
-    for (ptrdiff_t t = 0; t < m; t++)
+    for (ptrdiff_t t = 0; t < m && !direct; t++)
         for (ptrdiff_t n = 0; n < w->n; n += LANES) {
             const ptrdiff_t at = t * w->n + n, left = w->n - n;
             if (left >= LANES) {
@@ -58,6 +60,8 @@ void brise_matmul(const weight *w, const void *x, const float *bias, float *own,
             const ptrdiff_t each = kind == FP32 ? 4 : 2;
             memcpy((char *)out + at * each, done, left * each);
         }
+    free(ordered_x);
+    return 0;
 }
 
 /* x fp32 [M][K] times a dense fp32 weight [N][K] -> out fp32 [M][N]; K of whole vectors */

@@ -54,8 +54,6 @@ _FLAGS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
 # sums in one order and with the roundings that are written down
-# x is put in order in whole blocks of so many channels at the most
-_WHOLE = 256
 _ALWAYS = ("-O3", "-ffp-contract=off", "-fPIC")
 # what a library lacks is told at once, where the system can; not in the middle of a product
 _NOW = getattr(os, "RTLD_NOW", ctypes.DEFAULT_MODE)
@@ -148,13 +146,13 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     if found is None:
         return None
     pointer, size, weight = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.POINTER(NativeWeight)
-    found.brise_matmul.argtypes = [weight, *[pointer] * 4, size, ctypes.c_int]
+    found.brise_matmul.argtypes = [weight, *[pointer] * 3, size, ctypes.c_int]
     found.brise_decode.argtypes = [weight, pointer, size, size, ctypes.c_int]
     found.brise_dense.argtypes = [pointer] * 3 + [size] * 3
     found.brise_rms_norm.argtypes = [pointer] * 5 + [size] * 2 + [ctypes.c_double]
     found.brise_step.argtypes, found.brise_step_sizes.argtypes = [pointer], [pointer] * 2
     for name in ("rms_norm", "dense", "matmul", "decode", "step", "step_sizes"):
-        getattr(found, f"brise_{name}").restype = None
+        getattr(found, f"brise_{name}").restype = ctypes.c_int if name == "matmul" else None
     return found
 
 
@@ -172,14 +170,22 @@ def matmul(x: Tensor, w: Weight, bias: Tensor | None, library: ctypes.CDLL) -> T
 def multiply(
     x: Tensor, w: NativeWeight, shape: tuple[int, int], bias: Tensor | None, library: ctypes.CDLL
 ) -> Tensor:
-    """As :func:`matmul`, with a weight [N, K] that has been described; its tensors are the caller's to hold."""
-    rows, (n, k) = x.shape[0], shape
+    """As :func:`matmul` of x [..., K], with a weight [N, K] that has been described; its tensors are the caller's to
+    hold."""
+    n, k = shape
     x = x.contiguous()
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
-    out = torch.empty(rows, n, dtype=x.dtype)
-    own = torch.empty(rows * (-(-k // _WHOLE) * _WHOLE + n), dtype=torch.float32)
-    library.brise_matmul(w, *addresses(x, bias, own, out), rows, DTYPES[x.dtype])
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    if library.brise_matmul(
+        w,
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        x.numel() // k,
+        DTYPES[x.dtype],
+    ):
+        raise MemoryError(f"no memory for the activations {list(x.shape)} in the order of the product")
     return out
 
 
