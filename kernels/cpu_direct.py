@@ -26,7 +26,7 @@ class Direct:
         self.described = native.described(self.weight)
         names = ("qweight", "scales", "zeros", "scales_absmax", "scales_offset", "scales_map")
         held = {name: getattr(self.weight, name) for name in names}
-        self.places = {name: t.data_ptr() for name, t in held.items() if t is not None}
+        self.places = [(name, t.data_ptr()) for name, t in held.items() if t is not None]
 
     @classmethod
     def of(cls, w: Weight, dtype: torch.dtype) -> Direct | None:

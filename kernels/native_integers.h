@@ -28,10 +28,12 @@ INLINE void integers_kind(int kind, int bits, const weight *w, const void *x, pt
         for (ptrdiff_t i = left; i < a_word * LANES; i++) numbers[i] = 0;
         if (kind == FP32) for (ptrdiff_t i = 0; i < left; i++) numbers[i] = ((const float *)x)[token * w->k + at + i];
         else halves_to_floats(kind, (const uint16_t *)x + token * w->k + at, numbers, left);
+        vec v[16];
         ivec magnitude = _mm512_setzero_si512();
         for (int i = 0; i < a_word; i++) {
-            const ivec bits_of = _mm512_castps_si512(_mm512_i32gather_ps(steps, numbers + i, 4));
-            magnitude = _mm512_max_epu32(magnitude, _mm512_and_si512(bits_of, _mm512_set1_epi32(0x7fffffff)));
+            v[i] = _mm512_i32gather_ps(steps, numbers + i, 4);
+            const ivec positive = _mm512_and_si512(_mm512_castps_si512(v[i]), _mm512_set1_epi32(0x7fffffff));
+            magnitude = _mm512_max_epu32(magnitude, positive);
         }
         /* with the unit 2^-22 times the power of 2 below the largest, or twice that where the bytes could not hold it */
         ivec power = _mm512_srli_epi32(_mm512_add_epi32(magnitude, _mm512_set1_epi32((1 << 24) - 2 * 0x7f7f7f - 1)), 23);
@@ -41,8 +43,7 @@ INLINE void integers_kind(int kind, int bits, const weight *w, const void *x, pt
         const __mmask16 finite = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
         ivec words[4][3] = {{{0}}}, sum = _mm512_setzero_si512();
         for (int i = 0; i < a_word; i++) {
-            const vec v = _mm512_i32gather_ps(steps, numbers + i, 4);
-            const ivec q = _mm512_cvtps_epi32(mul(v, units)), half = _mm512_set1_epi32(128);
+            const ivec q = _mm512_cvtps_epi32(mul(v[i], units)), half = _mm512_set1_epi32(128);
             const ivec high = _mm512_srai_epi32(_mm512_add_epi32(q, half), 8);
             const ivec digits[3] = {q, high, _mm512_srai_epi32(_mm512_add_epi32(high, half), 8)};
             sum = _mm512_add_epi32(sum, q);

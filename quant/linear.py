@@ -175,14 +175,14 @@ class QuantLinear(_Quantized, nn.Linear):
 
     def _multiplies_directly(self, x: Tensor) -> bool:
         """Whether the way without checks is open: it was made, and for the tensors that are here now."""
-        direct = self._direct
-        if direct is None or torch.is_autocast_enabled("cpu") or not direct.takes(x, self.batch_invariant):
+        direct, bias, buffers = self._direct, self.bias, self._buffers
+        if direct is None or not direct.takes(x, self.batch_invariant) or torch.is_autocast_enabled("cpu"):
             return False
-        for name, place in direct.places.items():
-            tensor = self._buffers.get(name if name != "scales_map" else _PACKED + name)
+        for name, place in direct.places:
+            tensor = buffers.get(_PACKED + name if name == "scales_map" else name)
             if tensor is None or tensor.data_ptr() != place:
                 return False
-        return self.bias is None or (self.bias.is_cpu and self.bias.shape == self.shape[:1])
+        return bias is None or (bias.is_cpu and bias.shape == self.shape[:1])
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what points into this process's memory; a copy makes its own."""
