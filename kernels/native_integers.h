@@ -137,7 +137,7 @@ static block *block_integers(const weight *w) {
 /* whether the weight's product is the one in integers: not of short rows, which fp32 adds up with less error; and zero
    points that are stored as fp32 may be no whole numbers */
 static int in_integers(const weight *w) {
-    return w->integers && w->bits < 8 && w->k >= 1024 && (!w->zero || w->zero_packed);
+    return w->integers && (w->bits == 2 || w->bits == 4) && w->k >= 1024 && (!w->zero || w->zero_packed);
 }
 
 #else

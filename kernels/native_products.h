@@ -6,10 +6,24 @@
 /* tokens at a time of a dense weight: more registers, more tokens */
 enum { MOST = LANES == 16 ? 8 : 4 };
 
+/* the codes of LANES lanes, of which `left` bytes are there */
+INLINE void read_codes(int bits, const uint8_t *p, int left, ivec codes[3]) {
+    if (bits == 3) three_words(p, left / 12, codes);
+    else if (bits == 8) codes[0] = signed_bytes(p, left);
+    else codes[0] = words(p, first_lanes(left / 4));
+}
+
+/* code i of each lane in its lowest bits; what is above them is of other codes */
+INLINE ivec code(int bits, const ivec codes[3], int i) {
+    const int word = bits * i / 32, bit = bits * i % 32;
+    const ivec low = bit ? shift(codes[word], bit) : codes[word];
+    return bit + bits > 32 ? either(low, shift_left(codes[word + 1], 32 - bit)) : low;
+}
+
 /* rows n .. n+rows of the weight with tokens of x -> out[token][n] */
 INLINE void product(int bits, int has_zero, int rows, int tokens, const strip *s, ptrdiff_t n, const float *x,
                     float *out) {
-    const int a_word = bits == 8 ? 1 : 32 / bits;
+    const int a_lane = (int)codes_a_lane(bits), bytes = (int)bytes_a_lane(bits) * LANES;
     const cut *c = s->c;
     const uint8_t *own = (const uint8_t *)s->w->codes + n * c->row;
     const table16 values = table(s->w->values);
@@ -19,28 +33,28 @@ INLINE void product(int bits, int has_zero, int rows, int tokens, const strip *s
     const ptrdiff_t row = c->row, wide = scales_a_row(c), chunks = c->chunks;
     const float *scales = s->scale + (n - s->first) * wide, *zeros = s->zero + (n - s->first) * wide;
     for (ptrdiff_t chunk = 0; chunk < chunks; chunk++) {
-        const ptrdiff_t at = chunk * (bits == 8 ? LANES : 4 * LANES);
-        const int left = (int)(row - at < 4 * LANES ? row - at : 4 * LANES);
-        const lanes there = first_lanes(left / 4);
-        ivec codes[4];
+        const ptrdiff_t at = chunk * bytes;
+        const int left = (int)(row - at < bytes ? row - at : bytes);
+        ivec codes[4][3];
         vec parts[4][4], zero[4];
         for (int r = 0; r < rows; r++) {
             const uint8_t *p = own + r * row + at;
-            __builtin_prefetch(p + rows * row); /* the next rows; past the last it asks for nothing */
-            codes[r] = bits == 8 ? signed_bytes(p, left < LANES ? left : LANES) : words(p, there);
+            /* the next rows; past the last it asks for nothing */
+            for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + rows * row + line);
+            read_codes(bits, p, left, codes[r]);
             if (has_zero) zero[r] = of_lanes(zeros + r * wide + chunk * c->scales, c);
             if (has_zero && bits == 8) zero[r] = sub(zero[r], all(128));
             for (int t = 0; t < tokens; t++) parts[r][t] = all(0);
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < a_word; i++) {
+#pragma GCC unroll 32
+        for (int i = 0; i < a_lane; i++) {
             vec v[4];
             for (int r = 0; r < rows; r++) {
-                v[r] = bits == 8 ? number(codes[r]) : look(values, i ? shift(codes[r], bits * i) : codes[r]);
+                v[r] = bits == 8 ? number(codes[r][0]) : look(values, code(bits, codes[r], i));
                 if (has_zero) v[r] = sub(v[r], zero[r]);
             }
             for (int t = 0; t < tokens; t++) {
-                const vec with = load(x + ((t * chunks + chunk) * a_word + i) * LANES);
+                const vec with = load(x + ((t * chunks + chunk) * a_lane + i) * LANES);
                 for (int r = 0; r < rows; r++) parts[r][t] = fma3(v[r], with, parts[r][t]);
             }
         }
@@ -105,7 +119,7 @@ INLINE void product_bf16(int rows, int tokens, const strip *s, ptrdiff_t n, cons
 
 #endif
 
-#define KINDS(WITH) WITH(2, 0) WITH(2, 1) WITH(4, 0) WITH(4, 1) WITH(8, 0) WITH(8, 1)
+#define KINDS(WITH) WITH(2, 0) WITH(2, 1) WITH(3, 0) WITH(3, 1) WITH(4, 0) WITH(4, 1) WITH(8, 0) WITH(8, 1)
 #define BLOCK(BITS, ZERO) \
     static void block_##BITS##_##ZERO(const strip *s, ptrdiff_t n, int rows, int tokens, const void *x, float *out) { \
         SIZES(product, BITS, ZERO) \

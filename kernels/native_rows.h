@@ -5,6 +5,7 @@ static block *block_for(const weight *w) {
     if (in_integers(w)) return block_integers(w);
     if (w->bits == 8) return w->zero ? block_8_1 : block_8_0;
     if (w->bits == 4) return w->zero ? block_4_1 : block_4_0;
+    if (w->bits == 3) return w->zero ? block_3_1 : block_3_0;
     return w->zero ? block_2_1 : block_2_0;
 }
 

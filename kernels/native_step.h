@@ -49,7 +49,7 @@ static ptrdiff_t widest(const step *s) {
     ptrdiff_t found = s->width;
     if (s->heads * s->head > found) found = s->heads * s->head;
     if (s->inner > found) found = s->inner;
-    return (found + 16 * LANES - 1) / (16 * LANES) * (16 * LANES);
+    return (found + 32 * LANES - 1) / (32 * LANES) * (32 * LANES); /* the largest chunk, of 3 bits */
 }
 static ptrdiff_t own_size(const step *s) {
     return s->texts * s->tokens * (s->width + widest(s)) + s->head + 2 * SEGMENT;

@@ -34,6 +34,22 @@ static inline vec look(table16 t, ivec i) { return _mm512_permutexvar_ps(i, t.al
 typedef __mmask16 lanes;
 static inline lanes first_lanes(int count) { return (__mmask16)(count < 16 ? (1u << count) - 1 : 0xffff); }
 static inline ivec words(const uint8_t *p, lanes there) { return _mm512_maskz_loadu_epi32(there, p); }
+static inline ivec shift_left(ivec i, int bits) { return _mm512_slli_epi32(i, bits); }
+static inline ivec either(ivec a, ivec b) { return _mm512_or_si512(a, b); }
+/* three words a lane, the first `count` lanes of them: w[i] has word i of each */
+static inline void three_words(const uint8_t *p, int count, ivec w[3]) {
+    const ivec first = _mm512_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 36, 39, 42, 45);
+    ivec from[3];
+    for (int i = 0; i < 3; i++) {
+        const int left = 3 * count - 16 * i;
+        from[i] = words(p + 64 * i, first_lanes(left < 0 ? 0 : left));
+    }
+    for (int i = 0; i < 3; i++) {
+        const ivec at = _mm512_add_epi32(first, _mm512_set1_epi32(i));
+        const ivec low = _mm512_permutex2var_epi32(from[0], at, from[1]);
+        w[i] = _mm512_mask_permutexvar_epi32(low, _mm512_cmpgt_epi32_mask(at, _mm512_set1_epi32(31)), at, from[2]);
+    }
+}
 static inline ivec signed_bytes(const uint8_t *p, int count) {
     const __m128i all = count >= 16 ? _mm_loadu_si128((const __m128i *)p) : _mm_maskz_loadu_epi8((1u << count) - 1, p);
     return _mm512_cvtepi8_epi32(_mm_xor_si128(all, _mm_set1_epi8(-128)));
@@ -102,6 +118,14 @@ static inline lanes first_lanes(int count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 static inline ivec words(const uint8_t *p, lanes there) { return _mm256_maskload_epi32((const int *)p, there); }
+static inline ivec shift_left(ivec i, int bits) { return _mm256_slli_epi32(i, bits); }
+static inline ivec either(ivec a, ivec b) { return _mm256_or_si256(a, b); }
+/* three words a lane, the first `count` lanes of them: w[i] has word i of each */
+static inline void three_words(const uint8_t *p, int count, ivec w[3]) {
+    const ivec first = _mm256_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21);
+    for (int i = 0; i < 3; i++)
+        w[i] = _mm256_mask_i32gather_epi32(_mm256_setzero_si256(), (const int *)p + i, first, first_lanes(count), 4);
+}
 static inline ivec signed_bytes(const uint8_t *p, int count) {
     uint8_t held[8] = {0};
     for (int i = 0; i < 8 && i < count; i++) held[i] = p[i];

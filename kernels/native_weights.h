@@ -1,7 +1,7 @@
 /* A weight as it is stored, and what a product needs of it and of x. Included by native.c; laid out for Python in
    native_weights.py.
 
-   N rows of packed codes of 2, 4 or 8 bits, K of them a row, the first of a byte in its lowest bits; a scale, and where
+   N rows of packed codes of 2, 3, 4 or 8 bits, K of them a row, the first in the lowest bits; a scale, and where
    there are any a zero point, for each of G groups of a row.
        w[n][k] = (value(code) - zero[n][g]) * scale[n][g]
    With up to 4 bits value is a table of 16, which fits one AVX-512 register, so that looking up 16 codes is one
@@ -25,8 +25,12 @@ typedef struct {
     int64_t n, k, groups, bits, scale_kind, zero_packed, integers; /* integers: a code is its own value */
 } weight;
 
-/* How a row is cut. Codes are read a chunk at a time, as many 32-bit words as a register has lanes; a group is a part of a
-   chunk, or chunks. Bytes of a row and of a chunk, chunks; scales of a chunk, 1 or more and then that of each lane; chunks
+/* what a lane holds: a byte of 8 bits, a word of 2 or 4, and of 3 bits three words, which end with a code */
+static ptrdiff_t bytes_a_lane(int64_t bits) { return bits == 8 ? 1 : bits == 3 ? 12 : 4; }
+static ptrdiff_t codes_a_lane(int64_t bits) { return bits >= 8 ? 1 : bits == 3 ? 32 : 32 / bits; }
+
+/* How a row is cut. Codes are read a chunk at a time, one lane's for each lane of a register; a group is a part of a chunk, or
+   chunks. Bytes of a row and of a chunk, chunks; scales of a chunk, 1 or more and then that of each lane; chunks
    of a group. */
 typedef struct {
     ptrdiff_t row, chunk, chunks, scales, group;
@@ -34,7 +38,7 @@ typedef struct {
 } cut;
 
 static cut cut_of(const weight *w) {
-    cut c = {w->k * w->bits / 8, w->bits == 8 ? LANES : 4 * LANES, 0, 1, 1, {0}};
+    cut c = {w->k * w->bits / 8, bytes_a_lane(w->bits) * LANES, 0, 1, 1, {0}};
     if (w->bits == 32) return c;
     const ptrdiff_t group = c.row / w->groups;
     c.chunks = (c.row + c.chunk - 1) / c.chunk;
@@ -82,7 +86,7 @@ static void scales_of(const weight *w, ptrdiff_t n, ptrdiff_t rows, float *to) {
 
 /* and the zero points, where there are any */
 static void zeros_of(const weight *w, ptrdiff_t n, ptrdiff_t rows, float *to) {
-    const ptrdiff_t row = (w->groups * w->bits + 7) / 8, a_byte = 8 / w->bits, whole_bytes = w->groups / a_byte;
+    const ptrdiff_t row = (w->groups * w->bits + 7) / 8, pairs = w->bits == 4 ? w->groups / 2 : 0;
     if (!w->zero) return;
     if (!w->zero_packed) {
         for (ptrdiff_t i = 0; i < rows * w->groups; i++) to[i] = ((const float *)w->zero)[n * w->groups + i];
@@ -90,10 +94,12 @@ static void zeros_of(const weight *w, ptrdiff_t n, ptrdiff_t rows, float *to) {
     }
     const uint8_t *from = (const uint8_t *)w->zero + n * row;
     for (ptrdiff_t r = 0; r < rows; r++, from += row, to += w->groups) {
-        if (w->bits == 4) /* the usual case, written so that compilers see it */
-            for (ptrdiff_t i = 0; i < whole_bytes; i++) to[2 * i] = from[i] & 15, to[2 * i + 1] = from[i] >> 4;
-        for (ptrdiff_t g = w->bits == 4 ? 2 * whole_bytes : 0; g < w->groups; g++)
-            to[g] = from[g / a_byte] >> g % a_byte * w->bits & ((1 << w->bits) - 1);
+        /* the usual case, written so that compilers see it */
+        for (ptrdiff_t i = 0; i < pairs; i++) to[2 * i] = from[i] & 15, to[2 * i + 1] = from[i] >> 4;
+        for (ptrdiff_t g = 2 * pairs; g < w->groups; g++) {
+            const ptrdiff_t bit = g * w->bits, next = bit % 8 + w->bits > 8 ? from[bit / 8 + 1] << 8 : 0;
+            to[g] = (from[bit / 8] | next) >> bit % 8 & ((1 << w->bits) - 1);
+        }
     }
 }
 
@@ -127,18 +133,18 @@ INLINE vec of_lanes(const float *p, const cut *c) { return c->scales == 1 ? all(
 
 /* numbers that a token of x has in the order of the product, zeros behind its end among them */
 static ptrdiff_t ordered_size(const weight *w) {
-    const ptrdiff_t chunk = (w->bits >= 8 ? 1 : 32 / w->bits) * LANES;
+    const ptrdiff_t chunk = codes_a_lane(w->bits) * LANES;
     return (w->k + chunk - 1) / chunk * chunk;
 }
 
-/* All first codes of a chunk's words are multiplied, then all second ones, so x [M][K] is put into the order [M][chunks]
-   [codes a word][lanes], in fp32. */
+/* All first codes of a chunk's lanes are multiplied, then all second ones, so x [M][K] is put into the order [M][chunks]
+   [codes a lane][lanes], in fp32. */
 INLINE void order_kind(int kind, const weight *w, const void *x, ptrdiff_t token, float *own) {
-    const ptrdiff_t a_word = w->bits >= 8 ? 1 : 32 / w->bits, size = ordered_size(w);
-    for (ptrdiff_t at = 0; at < size; at += a_word * LANES)
-        for (ptrdiff_t i = 0; i < a_word; i++)
+    const ptrdiff_t a_lane = codes_a_lane(w->bits), size = ordered_size(w);
+    for (ptrdiff_t at = 0; at < size; at += a_lane * LANES)
+        for (ptrdiff_t i = 0; i < a_lane; i++)
             for (ptrdiff_t lane = 0; lane < LANES; lane++) {
-                const ptrdiff_t k = at + lane * a_word + i, from = token * w->k + k;
+                const ptrdiff_t k = at + lane * a_lane + i, from = token * w->k + k;
                 float v = 0;
                 if (k < w->k && kind == FP32) v = ((const float *)x)[from];
                 if (k < w->k && kind == BF16) v = from_bf16(((const uint16_t *)x)[from]);

@@ -14,7 +14,8 @@ from .reference import Weight
 # of activations, decoded weights and scales, by their numbers there
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DOUBLE = 3
-_BITS = (2, 4, 8)
+# bytes of codes that a lane holds, by bits
+_LANE = {2: 4, 3: 12, 4: 4, 8: 1}
 # a strip of rows, chunk by chunk, has its scales on a thread's stack
 _MOST_GROUPS = 2048
 
@@ -31,12 +32,12 @@ class NativeWeight(ctypes.Structure):
 
 
 def takes(fmt: str, width: int, groups: int, library: ctypes.CDLL) -> bool:
-    """Whether products take rows of ``width`` codes in ``groups``: 2, 4 or 8 bits, and chunks of whole groups or
-    groups of whole chunks."""
+    """Whether products take rows of ``width`` codes in ``groups``: chunks of whole groups or groups of whole
+    chunks, and lanes of one group."""
     bits = reference.BITS.get(fmt)
-    if bits not in _BITS or not 0 < groups <= _MOST_GROUPS or width < 1 or width * bits % (8 * groups):
+    if bits not in _LANE or not 0 < groups <= _MOST_GROUPS or width < 1 or width * bits % (8 * groups):
         return False
-    lane = 1 if bits == 8 else 4
+    lane = _LANE[bits]
     chunk, group = lane * library.brise_lanes(), width * bits // 8 // groups
     if width * bits // 8 > _MOST_GROUPS * chunk:
         return False

@@ -25,6 +25,9 @@ CASES = [
     ("int4", 32, False),
     ("int8", 32, False),
     ("int8", None, True),
+    ("int3", None, True),
+    ("int3", 32, False),
+    ("int3", 64, True),
     ("int2", 64, False),
     ("int2", 128, True),
 ]
@@ -69,7 +72,7 @@ def test_products_keep_the_budget_and_rows_know_nothing_of_one_another(library, 
 
 
 @pytest.mark.parametrize("dtype", list(native.DTYPES))
-@pytest.mark.parametrize("fmt, group, symmetric", [case for case in CASES if case[0] != "int2"])
+@pytest.mark.parametrize("fmt, group, symmetric", [case for case in CASES if case[0] not in ("int2", "int3")])
 def test_decoded_to_the_bit(library, fmt, group, symmetric, dtype):
     w = weight(fmt, group, symmetric)
     out = native.decode(w, 0, torch.empty(w.shape, dtype=dtype), library)
@@ -145,13 +148,12 @@ def test_rms_norm(library, branch):
 
 def test_every_code_of_every_phase(library):
     """Each code in each place of a byte, by hand: a row of ones and zeros picks one channel."""
-    for fmt, bits in (("nf4", 4), ("int2", 2), ("int8", 8)):
+    for fmt, bits in (("nf4", 4), ("int3", 3), ("int2", 2), ("int8", 8)):
         count = 1 << bits
-        width = max(512, count)
-        codes = (torch.arange(width) * 7 % count).to(torch.uint8)
-        per_byte = 8 // bits
-        parts = codes.view(-1, per_byte).to(torch.int64)
-        packed = sum(parts[:, i] << (bits * i) for i in range(per_byte)).to(torch.uint8)[None]
+        width = 544
+        codes = torch.arange(width) * 7 % count
+        stream = sum(code << (bits * i) for i, code in enumerate(codes.tolist()))
+        packed = torch.tensor(list(stream.to_bytes(width * bits // 8, "little")), dtype=torch.uint8)[None]
         w = Weight(fmt, (1, width), packed, torch.full((1, 1), 2.0))
         values = reference.CODEBOOKS.get(fmt) or [float(c - count // 2) for c in range(count)]
         expected = torch.tensor([values[c] for c in codes.tolist()]) * 2
@@ -163,7 +165,7 @@ def test_every_code_of_every_phase(library):
     [
         ("nf4", 4, 1),
         ("int4", 72, 3),
-        ("int3", 64, 1),
+        ("int3", 48, 2),
         ("int2", 8, 1),
         ("int8", 1 << 16, 4096),
         ("int4", 1 << 20, 1),

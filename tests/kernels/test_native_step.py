@@ -27,6 +27,8 @@ FORMATS = [
     QuantSpec(format="int4", group_size=32, symmetric=False),
     QuantSpec(format="int8", group_size=None),
     QuantSpec(format="int8", group_size=64, symmetric=False),
+    QuantSpec(format="int3", group_size=32),
+    QuantSpec(format="int3", group_size=64, symmetric=False),
     QuantSpec(format="int2", group_size=64),
 ]
 
@@ -113,6 +115,16 @@ def test_every_format_keeps_the_budget(library, spec):
     case = Case(library, spec)
     x = torch.randn(9, 128)
     out = write(case, x, 16, [1, 1, 3, 1, 1, 1, 1])
+    check_budget(out, case.oracle(x, torch.float32), case.oracle(x, torch.float64))
+
+
+@pytest.mark.parametrize("fmt, symmetric", [("int4", True), ("int4", False), ("int2", True)])
+def test_long_rows_of_integers(library, fmt, symmetric):
+    """Wide enough for products in integers, and of a width that ends within a chunk."""
+    spec = QuantSpec(format=fmt, group_size=32, symmetric=symmetric)
+    case = Case(library, spec, layers=1, inner=1056)
+    x = torch.randn(4, 128)
+    out = write(case, x, 8, [1, 2, 1])
     check_budget(out, case.oracle(x, torch.float32), case.oracle(x, torch.float64))
 
 
@@ -208,5 +220,5 @@ def test_weights_that_do_not_fit_are_refused():
         NativeStep([block], 8, 2, 24, 1e-5, 1.0, library)
     assert StepWeight.of(torch.randn(8, 30), library) is None
     assert StepWeight.of(torch.randn(8, 32).bfloat16(), library) is None
-    q = rtn(torch.randn(8, 64), QuantSpec(format="int3", group_size=32))
+    q = rtn(torch.randn(8, 64), QuantSpec(format="int3", group_size=16))
     assert StepWeight.of(Weight("int3", (8, 64), **q.tensors), library) is None
