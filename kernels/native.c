@@ -130,9 +130,7 @@ void brise_decode(const weight *w, void *out, ptrdiff_t begin, ptrdiff_t end, in
 #pragma omp parallel for schedule(static) if ((end - begin) * w->k > 1 << 20)
     for (ptrdiff_t row = begin; row < end; row++) {
         float scale[w->groups], zero[w->zero ? w->groups : 1];
-        const strip s = {w, 0, scale, zero, row, 0};
-        scales_of(w, row, 1, scale);
-        zeros_of(w, row, 1, zero);
+        const strip s = {w, 0, scales_of(w, row, 1, scale), zeros_of(w, row, 1, zero), row, 0};
         void *to = (char *)out + (row - begin) * bytes_a_row;
         if (w->bits == 8 && w->zero) { DECODE(8, 1) }
         else if (w->bits == 8) { DECODE(8, 0) }

@@ -79,9 +79,11 @@ INLINE void product_integers(int bits, int has_zero, int rows, int tokens, const
     vec sums[4][4];
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tokens; t++) sums[r][t] = all(0);
-    const ptrdiff_t row = c->row, wide = scales_a_row(c), chunks = c->chunks;
-    const float *scales = s->scale + (n - s->first) * wide, *zeros = s->zero + (n - s->first) * wide;
-    for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, x += record) {
+    const ptrdiff_t row = c->row, groups = s->w->groups, chunks = c->chunks;
+    const float *scales = s->scale + (n - s->first) * groups, *zeros = s->zero + (n - s->first) * groups;
+    place at = {0, 0};
+    for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, x += record, go_on(&at, c)) {
+        const lanes held = groups_there(s, &at);
         const lanes there = first_lanes((int)(row - chunk * 4 * LANES) / 4);
         ivec codes[4][4], parts[4][4][3];
         for (int r = 0; r < rows; r++) {
@@ -105,9 +107,9 @@ INLINE void product_integers(int bits, int has_zero, int rows, int tokens, const
             }
         }
         for (int r = 0; r < rows; r++) {
-            const vec scale = of_lanes(scales + r * wide + chunk * c->scales, c);
+            const vec scale = of_lanes(scales + r * groups + at.group, c, held);
             ivec zero = _mm512_setzero_si512();
-            if (has_zero) zero = _mm512_cvtps_epi32(of_lanes(zeros + r * wide + chunk * c->scales, c));
+            if (has_zero) zero = _mm512_cvtps_epi32(of_lanes(zeros + r * groups + at.group, c, held));
             for (int t = 0; t < tokens; t++) {
                 ivec part = _mm512_add_epi32(parts[r][t][1], _mm512_slli_epi32(parts[r][t][2], 8));
                 part = _mm512_add_epi32(parts[r][t][0], _mm512_slli_epi32(part, 8));

@@ -30,19 +30,21 @@ INLINE void product(int bits, int has_zero, int rows, int tokens, const strip *s
     vec sums[4][4];
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tokens; t++) sums[r][t] = all(0);
-    const ptrdiff_t row = c->row, wide = scales_a_row(c), chunks = c->chunks;
-    const float *scales = s->scale + (n - s->first) * wide, *zeros = s->zero + (n - s->first) * wide;
-    for (ptrdiff_t chunk = 0; chunk < chunks; chunk++) {
-        const ptrdiff_t at = chunk * bytes;
-        const int left = (int)(row - at < bytes ? row - at : bytes);
+    const ptrdiff_t row = c->row, groups = s->w->groups, chunks = c->chunks;
+    const float *scales = s->scale + (n - s->first) * groups, *zeros = s->zero + (n - s->first) * groups;
+    place at = {0, 0};
+    for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, go_on(&at, c)) {
+        const lanes held = groups_there(s, &at);
+        const ptrdiff_t first = chunk * bytes;
+        const int left = (int)(row - first < bytes ? row - first : bytes);
         ivec codes[4][3];
         vec parts[4][4], zero[4];
         for (int r = 0; r < rows; r++) {
-            const uint8_t *p = own + r * row + at;
+            const uint8_t *p = own + r * row + first;
             /* the next rows; past the last it asks for nothing */
             for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + rows * row + line);
             read_codes(bits, p, left, codes[r]);
-            if (has_zero) zero[r] = of_lanes(zeros + r * wide + chunk * c->scales, c);
+            if (has_zero) zero[r] = of_lanes(zeros + r * groups + at.group, c, held);
             if (has_zero && bits == 8) zero[r] = sub(zero[r], all(128));
             for (int t = 0; t < tokens; t++) parts[r][t] = all(0);
         }
@@ -59,7 +61,7 @@ INLINE void product(int bits, int has_zero, int rows, int tokens, const strip *s
             }
         }
         for (int r = 0; r < rows; r++) {
-            const vec scale = of_lanes(scales + r * wide + chunk * c->scales, c);
+            const vec scale = of_lanes(scales + r * groups + at.group, c, held);
             for (int t = 0; t < tokens; t++) sums[r][t] = fma3(parts[r][t], scale, sums[r][t]);
         }
     }
@@ -80,9 +82,11 @@ INLINE void product_bf16(int rows, int tokens, const strip *s, ptrdiff_t n, cons
     vec sums[4][4];
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tokens; t++) sums[r][t] = all(0);
-    const ptrdiff_t row = c->row, wide = scales_a_row(c), chunks = c->chunks;
-    const float *scales = s->scale + (n - s->first) * wide;
-    for (ptrdiff_t chunk = 0; chunk < chunks; chunk++) {
+    const ptrdiff_t row = c->row, groups = s->w->groups, chunks = c->chunks;
+    const float *scales = s->scale + (n - s->first) * groups;
+    place at = {0, 0};
+    for (ptrdiff_t chunk = 0; chunk < chunks; chunk++, go_on(&at, c)) {
+        const lanes held = groups_there(s, &at);
         const lanes there = first_lanes((int)(row - chunk * 4 * LANES) / 4);
         ivec codes[4];
         vec parts[4][4];
@@ -103,7 +107,7 @@ INLINE void product_bf16(int rows, int tokens, const strip *s, ptrdiff_t n, cons
             }
         }
         for (int r = 0; r < rows; r++) {
-            const vec scale = of_lanes(scales + r * wide + chunk * c->scales, c);
+            const vec scale = of_lanes(scales + r * groups + at.group, c, held);
             for (int t = 0; t < tokens; t++) sums[r][t] = fma3(parts[r][t], scale, sums[r][t]);
         }
     }

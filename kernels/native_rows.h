@@ -13,15 +13,9 @@ static block *block_for(const weight *w) {
 static void rows_of(block *run, const weight *w, const cut *c, const void *x, ptrdiff_t token, ptrdiff_t m, float *out,
                     ptrdiff_t stride, ptrdiff_t begin, ptrdiff_t end) {
     const int coded = run != block_dense;
-    const ptrdiff_t many = coded ? STRIP * scales_a_row(c) + LANES : 1;
-    float scale[many], zero[coded && w->zero ? many : 1];
-    const strip s = {w, c, scale, zero, begin, stride};
-    if (coded) {
-        scales_of(w, begin, end - begin, scale);
-        by_chunks(c, w->groups, end - begin, scale);
-        zeros_of(w, begin, end - begin, zero);
-        if (w->zero) by_chunks(c, w->groups, end - begin, zero);
-    }
+    float scale[coded && w->scale_kind != FP32 ? STRIP * w->groups : 1], zero[coded && w->zero ? STRIP * w->groups : 1];
+    strip s = {w, c, 0, 0, begin, stride};
+    if (coded) s.scale = scales_of(w, begin, end - begin, scale), s.zero = zeros_of(w, begin, end - begin, zero);
     ptrdiff_t step;
     for (ptrdiff_t t = 0; t < m; t += step) {
         /* as many sums as fit the registers; codes need them for two kinds */

@@ -55,8 +55,10 @@ static inline ivec signed_bytes(const uint8_t *p, int count) {
     return _mm512_cvtepi8_epi32(_mm_xor_si128(all, _mm_set1_epi8(-128)));
 }
 static inline ivec whole(const int32_t *p) { return _mm512_loadu_si512(p); }
-/* p[index of a lane] */
-static inline vec spread(const float *p, ivec index) { return _mm512_permutexvar_ps(index, load(p)); }
+/* p[index of a lane]; 0 where that is not there */
+static inline vec spread(const float *p, lanes there, ivec index) {
+    return _mm512_permutexvar_ps(index, _mm512_maskz_loadu_ps(there, p));
+}
 static inline ivec rounded(vec v) {
     ivec u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     return _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
@@ -132,8 +134,10 @@ static inline ivec signed_bytes(const uint8_t *p, int count) {
     return _mm256_cvtepi8_epi32(_mm_xor_si128(_mm_loadl_epi64((const __m128i *)held), _mm_set1_epi8(-128)));
 }
 static inline ivec whole(const int32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
-/* p[index of a lane] */
-static inline vec spread(const float *p, ivec index) { return _mm256_permutevar8x32_ps(load(p), index); }
+/* p[index of a lane]; 0 where that is not there */
+static inline vec spread(const float *p, lanes there, ivec index) {
+    return _mm256_permutevar8x32_ps(_mm256_maskload_ps(p, there), index);
+}
 static inline vec load_bf16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }

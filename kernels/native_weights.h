@@ -49,8 +49,15 @@ static cut cut_of(const weight *w) {
     return c;
 }
 
-/* numbers that a row has of scales, by chunks */
-static ptrdiff_t scales_a_row(const cut *c) { return c->chunks * c->scales; }
+/* the group that a chunk begins with, counted from chunk to chunk: a division would take as long as the chunk */
+typedef struct {
+    ptrdiff_t group, within;
+} place;
+
+INLINE void go_on(place *at, const cut *c) {
+    if (c->scales > 1) at->group += c->scales;
+    else if (++at->within == c->group) at->within = 0, at->group++;
+}
 
 INLINE vec load_kind(int kind, const void *p, ptrdiff_t at) {
     if (kind == FP32) return load((const float *)p + at);
@@ -68,31 +75,28 @@ INLINE void halves_to_floats(int kind, const uint16_t *from, float *to, ptrdiff_
     for (ptrdiff_t j = i; j < count; j++) to[j] = found[j - i];
 }
 
-/* the scales of rows n .. n+rows -> fp32 [rows][G] */
-static void scales_of(const weight *w, ptrdiff_t n, ptrdiff_t rows, float *to) {
+/* the scales of rows n .. n+rows, fp32 [rows][G]: where they lie, or made in `own` */
+static const float *scales_of(const weight *w, ptrdiff_t n, ptrdiff_t rows, float *own) {
     const ptrdiff_t first = n * w->groups, count = rows * w->groups;
-    if (w->scale_kind == FP32)
-        for (ptrdiff_t i = 0; i < count; i++) to[i] = ((const float *)w->scale)[first + i];
-    else if (w->scale_kind == BF16) halves_to_floats(BF16, (const uint16_t *)w->scale + first, to, count);
-    else if (w->scale_kind == FP16) halves_to_floats(FP16, (const uint16_t *)w->scale + first, to, count);
+    if (w->scale_kind == FP32) return (const float *)w->scale + first;
+    if (w->scale_kind == BF16) halves_to_floats(BF16, (const uint16_t *)w->scale + first, own, count);
+    else if (w->scale_kind == FP16) halves_to_floats(FP16, (const uint16_t *)w->scale + first, own, count);
     else
         for (ptrdiff_t i = 0, stop; i < count; i = stop) {
             stop = ((first + i) / SCALE_BLOCK + 1) * SCALE_BLOCK - first;
             if (stop > count) stop = count;
             const float absmax = w->absmax[(first + i) / SCALE_BLOCK], offset = *w->offset;
-            for (ptrdiff_t j = i; j < stop; j++) to[j] = w->map[((const uint8_t *)w->scale)[first + j]] * absmax + offset;
+            for (ptrdiff_t j = i; j < stop; j++) own[j] = w->map[((const uint8_t *)w->scale)[first + j]] * absmax + offset;
         }
+    return own;
 }
 
-/* and the zero points, where there are any */
-static void zeros_of(const weight *w, ptrdiff_t n, ptrdiff_t rows, float *to) {
+/* and the zero points; 0 where there are none */
+static const float *zeros_of(const weight *w, ptrdiff_t n, ptrdiff_t rows, float *own) {
     const ptrdiff_t row = (w->groups * w->bits + 7) / 8, pairs = w->bits == 4 ? w->groups / 2 : 0;
-    if (!w->zero) return;
-    if (!w->zero_packed) {
-        for (ptrdiff_t i = 0; i < rows * w->groups; i++) to[i] = ((const float *)w->zero)[n * w->groups + i];
-        return;
-    }
+    if (!w->zero || !w->zero_packed) return w->zero ? (const float *)w->zero + n * w->groups : 0;
     const uint8_t *from = (const uint8_t *)w->zero + n * row;
+    float *to = own;
     for (ptrdiff_t r = 0; r < rows; r++, from += row, to += w->groups) {
         /* the usual case, written so that compilers see it */
         for (ptrdiff_t i = 0; i < pairs; i++) to[2 * i] = from[i] & 15, to[2 * i + 1] = from[i] >> 4;
@@ -101,25 +105,10 @@ static void zeros_of(const weight *w, ptrdiff_t n, ptrdiff_t rows, float *to) {
             to[g] = (from[bit / 8] | next) >> bit % 8 & ((1 << w->bits) - 1);
         }
     }
+    return own;
 }
 
-/* A row's parameters are wanted as [chunks][scales of a chunk], zeros behind the row's end, so that a product need not ask
-   where its groups end. As a rule that is how they are; else [G] becomes so, from the last to the first, in place. */
-static void by_chunks(const cut *c, ptrdiff_t groups, ptrdiff_t rows, float *p) {
-    const ptrdiff_t wide = scales_a_row(c);
-    if (wide == groups) return;
-    for (ptrdiff_t r = rows; r-- > 0;) {
-        const float *from = p + r * groups;
-        float *to = p + r * wide;
-        for (ptrdiff_t i = wide; i-- > groups * c->group;) to[i] = 0;
-        for (ptrdiff_t g = groups; g-- > 0;) {
-            const float v = from[g];
-            for (ptrdiff_t i = 0; i < c->group; i++) to[g * c->group + i] = v;
-        }
-    }
-}
-
-/* rows first .. of a weight, with their scales and zero points by chunks, and where the results go: `stride` numbers a
+/* rows first .. of a weight, with their scales and zero points [rows][G], and where the results go: `stride` numbers a
    token */
 typedef struct {
     const weight *w;
@@ -128,8 +117,14 @@ typedef struct {
     ptrdiff_t first, stride;
 } strip;
 
-/* the scales, or zero points, p of a chunk's lanes; reads LANES of them */
-INLINE vec of_lanes(const float *p, const cut *c) { return c->scales == 1 ? all(*p) : spread(p, whole(c->lane)); }
+/* the scales, or zero points, of the lanes of a chunk whose first group's is *p and of whose groups `there` are */
+INLINE vec of_lanes(const float *p, const cut *c, lanes there) {
+    return c->scales == 1 ? all(*p) : spread(p, there, whole(c->lane));
+}
+INLINE lanes groups_there(const strip *s, const place *at) {
+    const ptrdiff_t left = s->w->groups - at->group;
+    return first_lanes((int)(left < s->c->scales ? left : s->c->scales));
+}
 
 /* numbers that a token of x has in the order of the product, zeros behind its end among them */
 static ptrdiff_t ordered_size(const weight *w) {
