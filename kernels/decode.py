@@ -70,7 +70,7 @@ def decode_kernel(
             q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, W, window, skw, svw,
             BR, BD, BN, INT8, False, STAGES, DTYPE,
         )  # fmt: skip
-        if SEVERAL:
+        if SEVERAL:  # noqa: SIM102 (one is known when compiled)
             # rare, so the loop above does not look for it; in narrow steps, which take no registers from that one
             if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
                 m, l, acc = _over_keys(

@@ -101,6 +101,17 @@ def test_a_draft_that_breaks_is_rejected_and_leaves_nothing(way):
     assert found == texts and counts.accepted == proposer.right > 0
 
 
+def test_what_fills_a_shorter_draft_up_counts_as_none():
+    """A model that writes nothing but token 0, which is what shorter drafts are filled up with."""
+    model = model_of()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    proposer = Scripted([], steps=((4, 4),))
+    proposer.propose = lambda texts: [[0] * n for n in (4, 1, 2)[: len(texts)]]
+    found, counts = with_drafts(model, proposer)
+    assert found == [[0] * NEW] * 3
+    assert counts.acceptance == 1 and counts.accepted < 3 * NEW - counts.steps
+
+
 def test_a_draft_model_goes_on_from_what_was_right():
     """The model itself as its draft model, wrong on purpose every other time: its next drafts are right again."""
     model = model_of()

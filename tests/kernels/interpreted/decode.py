@@ -119,6 +119,22 @@ def check_what_breaks_behind():
                 assert torch.allclose(out[1, :2], plain[1, :2], rtol=2e-3, atol=2e-3)
 
 
+def check_counts_beyond_32_bits():
+    """Refused, and not cut to what is left of them."""
+    ring = torch.zeros(1, 1, 16, 16)
+    far = (
+        {"seen": torch.tensor([(1 << 32) + 3])},
+        {"seen": torch.tensor([9]), "start": torch.tensor([1 << 32])},
+    )
+    for counts, says in zip(far, ("seen must be at most 1073741823, got [4294967299]", "start must be")):
+        try:
+            ops.decode_attention(torch.zeros(1, 1, 16), ring, ring, **counts, impl="triton")
+        except ValueError as error:
+            assert says in str(error), error
+        else:
+            raise AssertionError(f"{counts} was taken")
+
+
 def check_strides():
     """Queries, keys and values inside wider tensors."""
     q, given, _, _ = case((30, 12), 4, 2, 24, 20, torch.float16)
@@ -180,6 +196,7 @@ if __name__ == "__main__":
     check_padding()
     check_steps()
     check_what_breaks_behind()
+    check_counts_beyond_32_bits()
     check_strides()
     check_window_boundary()
     assert launch._locks and not any(bool(c.any()) for sets in launch._locks.values() for c in sets)
