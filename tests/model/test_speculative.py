@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import MistralConfig
 
+from brise.model import decode_engine
 from brise.model.generate import Generator, Request
 from brise.model.mistral import MistralForCausalLM
-from brise.model.speculative import DraftModel
+from brise.model.speculative import DraftModel, PromptLookup
 
 NEW = 24
 PROMPTS = [[1, 2, 3], [*range(5, 17)], [9]]
@@ -28,46 +29,53 @@ class Scripted:
     One script for all rows: how many drafts the next step gets, and how many of them are right.
     """
 
-    def __init__(self, texts, wrong=None, steps=((3, 2),)):
-        self.texts, self.wrong, self.steps = texts, wrong, steps
+    def __init__(self, texts, wrong=None, steps=((3, 2),), prompts=PROMPTS):
+        self.texts, self.wrong, self.steps, self.prompts = texts, wrong, steps, prompts
         self.drafts = max(count for count, _ in steps)
         self.done = self.made = self.right = 0
+        self.rows = {}
 
-    def prepare(self, rows, length): ...
+    def prepare(self, rows, length):
+        self.rows.clear()
 
-    def start(self, row, prompt): ...
+    def start(self, row, prompt):
+        self.rows[row] = list(prompt)
 
-    def move(self, source, target): ...
+    def move(self, source, target):
+        self.rows[target] = self.rows.pop(source)
 
     def propose(self, texts):
         count, right = self.steps[self.done % len(self.steps)]
         self.done += 1
         drafts = []
-        for text in texts:
-            prompt, whole = next((p, t) for p, t in zip(PROMPTS, self.texts) if text[: len(p)] == p)
+        for row, text in enumerate(texts):
+            prompt = self.rows[row]
+            assert text[: len(prompt)] == prompt, "the rows are those of the engine"
+            whole = self.texts[self.prompts.index(prompt)]
             at = len(text) - len(prompt)
             draft = whole[at : at + count]
             for i in range(right, len(draft)):
                 draft[i] = (draft[i] + 1) % 61 if self.wrong is None else self.wrong
             drafts.append(draft)
             # one token is the model's own, and what lies behind the end is cut off before it is checked
-            self.made += len(draft[: NEW - at - 1])
-            self.right += min(right, len(draft[: NEW - at - 1]))
+            checked = len(draft[: len(whole) - at - 1])
+            self.made += checked
+            self.right += min(right, checked)
         return drafts
 
     def settle(self, accepted): ...
 
 
-def texts_of(model, **options):
-    done = Generator(model, batch_size=3, **options).complete([Request(p, NEW) for p in PROMPTS])
-    return [c.tokens for c in done]
+def texts_of(model, lengths=(NEW,) * 3, **options):
+    requests = [Request(p, n) for p, n in zip(PROMPTS, lengths)]
+    return [c.tokens for c in Generator(model, batch_size=3, **options).complete(requests)]
 
 
-def with_drafts(model, proposer, way="whole", rows=3, **options):
+def with_drafts(model, proposer, way="whole", rows=3, lengths=(NEW,) * 3, **options):
     generator = Generator(model, batch_size=rows, proposer=proposer, **options)
     engine = generator._engine_for(64)
     engine.whole, engine.lean = engine.whole and way == "whole", way == "lean"
-    done = generator.complete([Request(p, NEW) for p in PROMPTS])
+    done = generator.complete([Request(p, n) for p, n in zip(PROMPTS, lengths)])
     return [c.tokens for c in done], generator.counts
 
 
@@ -75,13 +83,15 @@ def with_drafts(model, proposer, way="whole", rows=3, **options):
 @pytest.mark.parametrize("window", [None, 6])
 def test_every_number_of_right_drafts_in_turn(window, rows):
     model = model_of(sliding_window=window)
-    texts = texts_of(model)
+    # the first to end is in the first row, which another one then takes over
+    lengths = (7, NEW, 15)
+    texts = texts_of(model, lengths)
     # none, some and all of a step's drafts right; more of them, and fewer
     proposer = Scripted(texts, steps=((3, 0), (4, 4), (1, 0), (4, 1), (2, 2), (3, 2), (1, 1)))
-    found, counts = with_drafts(model, proposer, rows=rows)
+    found, counts = with_drafts(model, proposer, rows=rows, lengths=lengths)
     assert found == texts
     assert (counts.proposed, counts.accepted) == (proposer.made, proposer.right)
-    assert counts.tokens == NEW * len(PROMPTS)
+    assert counts.tokens == sum(lengths)
     assert 0 < counts.accepted < counts.proposed
     assert counts.acceptance == counts.accepted / counts.proposed
 
@@ -101,6 +111,26 @@ def test_a_draft_that_breaks_is_rejected_and_leaves_nothing(way):
     assert found == texts and counts.accepted == proposer.right > 0
 
 
+def test_drafts_of_others_behind_the_last_position_overwrite_nothing(monkeypatch):
+    """A text that ends with the ring's last position, beside one that gets longer drafts than it can use."""
+    model = model_of()
+    prompts = [torch.randint(1, 61, (120,), generator=torch.Generator().manual_seed(1)).tolist(), [1, 2, 3]]
+    requests = [Request(prompt, n) for prompt, n in zip(prompts, (8, 60))]
+    texts = [c.tokens for c in Generator(model, batch_size=2).complete(requests)]
+    choose, kept = decode_engine.choose, []
+    monkeypatch.setattr(
+        decode_engine, "choose", lambda logits, *rest: (kept.append(logits.clone()), choose(logits, *rest))[1]
+    )
+    proposer = Scripted(texts, steps=((4, 0),), prompts=prompts)
+    found = Generator(model, batch_size=2, proposer=proposer).complete(requests)
+    assert [c.tokens for c in found] == texts
+    with torch.inference_mode():
+        wanted = model(torch.tensor([[*prompts[0], *texts[0]]])).logits[0, 119:127]
+    seen = torch.cat(kept)
+    nearest = (seen[None] - wanted[:, None]).abs().amax(-1).amin(1)
+    assert float(nearest.max()) < 1e-3
+
+
 def test_what_fills_a_shorter_draft_up_counts_as_none():
     """A model that writes nothing but token 0, which is what shorter drafts are filled up with."""
     model = model_of()
@@ -110,6 +140,40 @@ def test_what_fills_a_shorter_draft_up_counts_as_none():
     found, counts = with_drafts(model, proposer)
     assert found == [[0] * NEW] * 3
     assert counts.acceptance == 1 and counts.accepted < 3 * NEW - counts.steps
+
+
+def test_what_is_looked_up_is_the_newest_like_it_in_the_rows_own_text():
+    """Beside a search through the whole text."""
+    generator = torch.Generator().manual_seed(0)
+    lookup = PromptLookup(3, longest=2)
+    lookup.prepare(3, 64)
+
+    def searched(text):
+        for n in (2, 1):
+            ends = [end for end in range(n, len(text)) if text[end - n : end] == text[-n:]]
+            if ends:
+                return text[ends[-1] : ends[-1] + 3]
+        return []
+
+    def some(count):
+        return torch.randint(0, 4, (count,), generator=generator).tolist()
+
+    texts = [some(n) for n in (1, 5, 9)]
+    for row, text in enumerate(texts):
+        lookup.start(row, text)
+    found = 0
+    for step in range(12):
+        if step == 4:  # another text in the same row
+            texts[1] = some(2)
+            lookup.start(1, texts[1])
+        if step == 8:  # and one that takes the place of a text before it
+            texts = [texts[2], texts[1]]
+            lookup.move(2, 0)
+        wanted = [searched(text) for text in texts]
+        assert lookup.propose(texts) == wanted
+        found += sum(map(bool, wanted))
+        texts = [text + some(1 + step % 3) for text in texts]
+    assert found > 15
 
 
 def test_a_draft_model_goes_on_from_what_was_right():
