@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, has_triton, same_device
+from .checks import FLOATS, has_triton, hold, same_device
 
 MAX_HEAD_DIM = 256  # of the Triton kernels
 MAX_GROUPS = 32  # query heads a KV head: the rows of their narrowest tile
@@ -73,7 +73,7 @@ def check_bounds(bounds: Tensor, q: Tensor) -> None:
 def check_ends_of_bounds(bounds: Tensor, keys: int) -> None:
     """What a caller made himself must not lead beyond the keys."""
     right = ((bounds >= 0) & (bounds <= keys)).all()
-    _hold(right, f"bounds must lie in 0 .. {keys}", bounds)
+    hold(right, f"bounds must lie in 0 .. {keys}", bounds)
 
 
 def check_window(window: int | None) -> int:
@@ -133,26 +133,16 @@ def _check_ends(name: str, ends: Tensor | int, count: int, what: str) -> None:
     message = f"{name} must rise from 0 to the {count} {what}"
     if what == "keys":
         message += " (where queries and keys differ in number, give cu_seqlens_k)"
-    _hold(right, message, ends)
+    hold(right, message, ends)
 
 
 def _check_padding(starts: Tensor | int | None, lengths: Tensor | int | None, keys: int) -> None:
     if isinstance(starts, Tensor):
-        _hold(((starts >= 0) & (starts <= keys)).all(), f"starts must lie in 0 .. {keys}", starts)
+        hold(((starts >= 0) & (starts <= keys)).all(), f"starts must lie in 0 .. {keys}", starts)
     if isinstance(lengths, Tensor):
         end = lengths if not isinstance(starts, Tensor) else starts + lengths
         message = f"lengths must be at least 0, and starts + lengths at most {keys}"
-        _hold(((lengths >= 0) & (end <= keys)).all(), message, lengths)
-
-
-def _hold(right: Tensor, message: str, values: Tensor) -> None:
-    """An error with the values on a CPU; on a GPU and in a compiled graph an assertion on the device, since
-    reading them would stall it."""
-    if torch.compiler.is_compiling() or values.device.type != "cpu":
-        torch._assert_async(right, message)
-    elif not bool(right):
-        shown = values.tolist() if values.numel() <= 16 else f"{values.flatten()[:16].tolist()} and more"
-        raise ValueError(f"{message}, got {shown}")
+        hold(((lengths >= 0) & (end <= keys)).all(), message, lengths)
 
 
 def runs_triton(impl: str, q: Tensor, k: Tensor) -> bool:

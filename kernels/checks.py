@@ -1,5 +1,6 @@
 """What the ops accept: every wrong shape, dtype, device and layout is an error that carries the values."""
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 
 import torch
@@ -42,21 +43,32 @@ def portable(
         if fmt in CODEBOOKS:
             raise ValueError(f"{fmt} has no zero points, got zeros {list(rest['zeros'].shape)}")  # type: ignore[union-attr]
         expect("zeros", rest["zeros"], torch.uint8, (n, (groups * bits + 7) // 8), fmt, shape)
-    if scales.dtype == torch.uint8:
-        blocks = -(-n * groups // reference.SCALE_BLOCK)
-        expect("scales_absmax", rest.get("scales_absmax"), torch.float32, (blocks,), fmt, shape)
-        expect("scales_offset", rest.get("scales_offset"), torch.float32, (1,), fmt, shape)
-        expect("scales_map", rest.get("scales_map"), torch.float32, (256,), fmt, shape)
-    elif scales.dtype not in FLOATS:
-        raise TypeError(
-            f"scales must be floating point, or uint8 with double quantization, got {scales.dtype}"
-        )
+    _check_scales(scales, groups, rest, fmt, shape)
     for name, tensor in rest.items():
         if tensor is not None and tensor.device != qweight.device:
             raise ValueError(f"qweight is on {qweight.device}, {name} on {tensor.device}: move them together")
     if scales.device != qweight.device:
         raise ValueError(f"qweight is on {qweight.device}, scales on {scales.device}: move them together")
     return Weight(fmt, (n, k), qweight, scales, **rest)
+
+
+def _check_scales(
+    scales: Tensor, groups: int, rest: Mapping[str, Tensor | None], fmt: str, shape: tuple[int, int]
+) -> None:
+    """Floating point; or codes, with all that undoes them."""
+    double = {"scales_absmax": (-(-shape[0] * groups // reference.SCALE_BLOCK),), "scales_offset": (1,)}
+    double["scales_map"] = (256,)
+    if scales.dtype == torch.uint8:
+        for name, size in double.items():
+            expect(name, rest.get(name), torch.float32, size, fmt, shape)
+        return
+    if scales.dtype not in FLOATS:
+        raise TypeError(
+            f"scales must be floating point, or uint8 with double quantization, got {scales.dtype}"
+        )
+    extra = [name for name in double if rest.get(name) is not None]
+    if extra:
+        raise ValueError(f"{', '.join(extra)} are for scales in uint8 codes, got scales in {scales.dtype}")
 
 
 def expect(name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple, fmt: str, weight: tuple) -> None:
@@ -108,6 +120,16 @@ def check_product(
         raise ValueError(
             f"scales in layout {layout_name} must be contiguous [groups, {n}], got {list(scales.shape)}"
         )
+    zeros = t.get("zeros")
+    if zeros is not None and fmt in CODEBOOKS:
+        raise ValueError(f"{fmt} has no zero points, got zeros {list(zeros.shape)}")
+    if zeros is not None:
+        kind = torch.uint8 if layout_name == "tiles" else torch.float32
+        expect("zeros", zeros, kind, (groups, n), fmt, (n, k))
+    if t.get("g_idx") is not None:
+        raise ValueError(f"layout {layout_name} has no g_idx: pack with layout_name='portable'")
+    if layout_name == "tiles":
+        _check_scales(scales, groups, t, fmt, (n, k))
     if layout_name == "cpu_int4" and x.dtype != torch.bfloat16:
         raise TypeError(
             f"layout cpu_int4 is for bfloat16 activations, got {x.dtype}: pack with layout_name='portable'"
@@ -146,3 +168,13 @@ def same_device(x: Tensor, tensor: Tensor, name: str = "qweight") -> None:
     """Also called where only shapes are worked out: beside a meta tensor the real op would never be asked."""
     if tensor.device != x.device:
         raise ValueError(f"x is on {x.device}, {name} on {tensor.device}: move the module and x together")
+
+
+def hold(right: Tensor, message: str, values: Tensor) -> None:
+    """An error with the values on a CPU; on a GPU and in a compiled graph an assertion on the device, since
+    reading them would stall it."""
+    if torch.compiler.is_compiling() or values.device.type != "cpu":
+        torch._assert_async(right, message)
+    elif not bool(right):
+        shown = values.tolist() if values.numel() <= 16 else f"{values.flatten()[:16].tolist()} and more"
+        raise ValueError(f"{message}, got {shown}")

@@ -21,9 +21,11 @@ def decode_kernel(
     q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, seen_ptr, start_ptr, out_ptr, acc_ptr, stat_ptr, lock_ptr,
     scale, T, KV, W, window, sqb, sqt, sqh, skb, skh, skw, svb, svh, svw, ssb, ssh,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr, INT8: tl.constexpr, START: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr, INT8: tl.constexpr, START: tl.constexpr, SEVERAL: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * KV * blocks of rows, splits). G query heads a KV head; ``scale`` is log2(e) times the scale."""
+    """Grid (B * KV * blocks of rows, splits). G query heads a KV head; ``scale`` is log2(e) times the scale; SEVERAL
+    is T > 1."""
     rows_all = T * G
     blocks = tl.cdiv(rows_all, BR)
     block = tl.program_id(0) % blocks
@@ -60,36 +62,21 @@ def decode_kernel(
         v_row = v_ptr + b * svb + head.to(tl.int64) * svh + d[None, :]
         s_row = b * ssb + head.to(tl.int64) * ssh
 
-        m = tl.full((BR,), float("-inf"), tl.float32)
-        l = tl.zeros((BR,), tl.float32)
-        acc = tl.zeros((BR, BD), tl.float32)
         origin = start + (first + split) * CHUNK
         # whole steps that lie before the window are left out, without moving the others
         begin = origin + tl.maximum(lowest - origin, 0) // BN * BN
         end = tl.minimum(origin + CHUNK, seen)
-        for p0 in tl.range(begin, end, BN, num_stages=STAGES):
-            p = p0 + tl.arange(0, BN)
-            held = (p >= lowest) & (p < seen)
-            slot = (p % W).to(tl.int64)
-            load = held[:, None] & mask_d
-            k = tl.load(k_row + slot[:, None] * skw, mask=load, other=0)
-            s = tl.dot(q, tl.trans(k.to(DTYPE)), input_precision="ieee") * scale
-            if INT8:
-                # the codes are exact in the dtype of q; the scale of a key goes to its scores
-                s *= tl.load(ks_ptr + s_row + slot, mask=held, other=0)[None, :]
-            keep = held[None, :] & (p[None, :] <= query[:, None]) & (p[None, :] > (query - window)[:, None])
-            s = tl.where(keep, s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1))
-            # a row that has seen no key yet: any finite number keeps -inf - m from being nan
-            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            weight = tl.exp2(s - shift[:, None])
-            alpha = tl.exp2(m - shift)
-            v = tl.load(v_row + slot[:, None] * svw, mask=load, other=0)
-            if INT8:
-                v = v.to(tl.float32) * tl.load(vs_ptr + s_row + slot, mask=held, other=0)[:, None]
-            l = l * alpha + tl.sum(weight, 1)
-            acc = tl.dot(weight.to(DTYPE), v.to(DTYPE), acc * alpha[:, None], input_precision="ieee")
-            m = m_new
+        m, l, acc = _over_keys(
+            q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, W, window, skw, svw,
+            BR, BD, BN, INT8, False, STAGES, DTYPE,
+        )  # fmt: skip
+        if SEVERAL:  # noqa: SIM102 (one is known when compiled)
+            # rare, so the loop above does not look for it; in narrow steps, which take no registers from that one
+            if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
+                m, l, acc = _over_keys(
+                    q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, W, window,
+                    skw, svw, BR, BD, 16, INT8, True, 1, DTYPE,
+                )  # fmt: skip
 
         mask = in_rows[:, None] & mask_d
         H = KV * G
@@ -123,6 +110,50 @@ def decode_kernel(
                     m = m_new
                 tl.store(lock_ptr + tl.program_id(0), 0)
                 _store(acc, l, out_at, mask)
+
+
+@triton.jit
+def _over_keys(
+    q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, W, window, skw, svw,
+    BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, INT8: tl.constexpr, CAREFUL: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Positions begin .. end - 1: largest score, sum of weights, and weighted sum of the values.
+
+    CAREFUL: a value that is not finite makes those queries nan that see its key, and no other: zero times nan is nan.
+    """
+    m = tl.full((BR,), float("-inf"), tl.float32)
+    l = tl.zeros((BR,), tl.float32)
+    acc = tl.zeros((BR, BD), tl.float32)
+    for p0 in tl.range(begin, end, BN, num_stages=STAGES):
+        p = p0 + tl.arange(0, BN)
+        held = (p >= lowest) & (p < seen)
+        slot = (p % W).to(tl.int64)
+        load = held[:, None] & mask_d
+        k = tl.load(k_row + slot[:, None] * skw, mask=load, other=0)
+        s = tl.dot(q, tl.trans(k.to(DTYPE)), input_precision="ieee") * scale
+        if INT8:
+            # the codes are exact in the dtype of q; the scale of a key goes to its scores
+            s *= tl.load(ks_ptr + s_row + slot, mask=held, other=0)[None, :]
+        keep = held[None, :] & (p[None, :] <= query[:, None]) & (p[None, :] > (query - window)[:, None])
+        s = tl.where(keep, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        # a row that has seen no key yet: any finite number keeps -inf - m from being nan
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = tl.exp2(s - shift[:, None])
+        alpha = tl.exp2(m - shift)
+        v = tl.load(v_row + slot[:, None] * svw, mask=load, other=0)
+        if INT8:
+            v = v.to(tl.float32) * tl.load(vs_ptr + s_row + slot, mask=held, other=0)[:, None]
+        if CAREFUL:
+            number = v.to(tl.float32)
+            broken = tl.max((number - number != 0).to(tl.int32), 1) > 0
+            v = tl.where(broken[:, None], 0, v)
+            weight = tl.where(keep & broken[None, :], float("nan"), weight)
+        l = l * alpha + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(DTYPE), v.to(DTYPE), acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+    return m, l, acc
 
 
 @triton.jit
@@ -168,6 +199,6 @@ def decode_attention(
         q.stride(0), q.stride(1), q.stride(2), *keys.stride()[:3], *values.stride()[:3], *scales,
         G=heads // groups, D=width, BD=max(16, triton.next_power_of_2(width)), BR=tile, BN=config.bn,
         CHUNK=tuning_decode.chunk_of(span), INT8=key_scales is not None, START=start is not None,
-        STAGES=config.stages, DTYPE=DTYPES[q.dtype], num_warps=config.warps,
+        SEVERAL=queries > 1, STAGES=config.stages, DTYPE=DTYPES[q.dtype], num_warps=config.warps,
     )  # fmt: skip
     return out

@@ -42,8 +42,17 @@ def decode_attention(
         if not torch.isnan(out.sum()):
             return out
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    queries, slots = q.shape[1], keys.shape[2]
     for b, (count, first) in enumerate(zip(counts, firsts)):
-        _alone(out[b], q[b], tuple(None if t is None else t[b] for t in ring), count, first, window, scale)
+        row = tuple(None if t is None else t[b] for t in ring)
+        _alone(out[b], q[b], row, count, first, window, scale)
+        if queries > 1 and torch.isnan(out[b].sum()):
+            # what lies before it was overwritten by the newest position, also for the queries before that
+            held = max(first, count - slots)
+            for t in range(queries):
+                upto = count - queries + 1 + t
+                out[b, t] = 0
+                _alone(out[b, t : t + 1], q[b, t : t + 1], row, upto, held, window, scale)
     return out
 
 

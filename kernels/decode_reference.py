@@ -56,13 +56,16 @@ def decode_attention(
     batch, queries, heads, width = q.shape
     groups, slots = keys.shape[1], keys.shape[2]
     mask = visible(seen, start, slots, queries, window)[:, None, None]
-    # a slot that no query sees may hold anything, nan too, and zero times nan is nan
-    hidden = ~mask.any(dim=3)[:, :, 0, :, None]
     k = dequantize(keys, key_scales, q.dtype)
-    v = dequantize(values, value_scales, q.dtype).masked_fill(hidden, 0)
+    v = dequantize(values, value_scales, q.dtype)
     grouped = q.reshape(batch, queries, groups, heads // groups, width).permute(0, 2, 3, 1, 4)
     scores = (grouped @ k[:, :, None].transpose(-1, -2)) * scale
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     weights = scores.to(work).masked_fill(~mask, float("-inf")).softmax(dim=-1)
     weights = weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0).to(q.dtype)
-    return (weights @ v[:, :, None]).permute(0, 3, 1, 2, 4).reshape(batch, queries, heads, width)
+    out = []
+    for t in range(queries):
+        # a slot that a query does not see may hold anything, nan too, and zero times nan is nan
+        seen_by = v.masked_fill(~mask[:, :, 0, t, :, None], 0)
+        out.append(weights[..., t, None, :] @ seen_by[:, :, None])
+    return torch.cat(out, dim=3).permute(0, 3, 1, 2, 4).reshape(batch, queries, heads, width)

@@ -186,6 +186,27 @@ def accumulate(
 
 
 @triton.jit
+def meet(acc, work_ptr, lock_ptr, pid_k, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr):
+    """(the sums of all splits, whether this program is the one that goes on with them)."""
+    if SPLIT == 1:
+        total = acc
+        last = True
+    else:
+        place = tl.program_id(0).to(tl.int64) * SPLIT
+        inside = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        tl.store(work_ptr + (place + pid_k) * (BN * BM) + inside, acc)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(lock_ptr + tl.program_id(0), 1, sem="acq_rel")
+        last = arrived == SPLIT - 1
+        total = tl.zeros((BN, BM), tl.float32)
+        if last:
+            for split in range(SPLIT):
+                total += tl.load(work_ptr + (place + split) * (BN * BM) + inside, cache_modifier=".cg")
+            tl.store(lock_ptr + tl.program_id(0), 0)
+    return total, last
+
+
+@triton.jit
 def matmul_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, absmax_ptr, offset_ptr, map_ptr, book_ptr, bias_ptr, y_ptr, work_ptr,
     lock_ptr, M, N, K, G, sxm, sxk, plane_bytes,
@@ -214,20 +235,9 @@ def matmul_kernel(
 
     y_at = y_ptr + columns.to(tl.int64)[None, :] * N + rows[:, None]
     y_mask = in_columns[None, :] & in_rows[:, None]
-    if SPLIT == 1:
+    acc, last = meet(acc, work_ptr, lock_ptr, pid_k, BN, BM, SPLIT)
+    if last:
         _store(acc, y_at, y_mask, bias_ptr, rows, in_rows, BIAS)
-    else:
-        place = tl.program_id(0).to(tl.int64) * SPLIT
-        inside = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        tl.store(work_ptr + (place + pid_k) * (BN * BM) + inside, acc)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(lock_ptr + tl.program_id(0), 1, sem="acq_rel")
-        if arrived == SPLIT - 1:
-            total = tl.zeros((BN, BM), tl.float32)
-            for split in range(SPLIT):
-                total += tl.load(work_ptr + (place + split) * (BN * BM) + inside, cache_modifier=".cg")
-            tl.store(lock_ptr + tl.program_id(0), 0)
-            _store(total, y_at, y_mask, bias_ptr, rows, in_rows, BIAS)
 
 
 @triton.jit

@@ -18,31 +18,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .matmul import accumulate
+from .matmul import accumulate, meet
 
 # channels whose squares are one partial sum: the fewest rows of a program
 _SUM_BLOCK = tl.constexpr(64)
-
-
-@triton.jit
-def _meet(acc, work_ptr, lock_ptr, pid_k, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr):
-    """(the sums of all splits, whether this program is the one that goes on with them)."""
-    if SPLIT == 1:
-        total = acc
-        last = True
-    else:
-        place = tl.program_id(0).to(tl.int64) * SPLIT
-        inside = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        tl.store(work_ptr + (place + pid_k) * (BN * BM) + inside, acc)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(lock_ptr + tl.program_id(0), 1, sem="acq_rel")
-        last = arrived == SPLIT - 1
-        total = tl.zeros((BN, BM), tl.float32)
-        if last:
-            for split in range(SPLIT):
-                total += tl.load(work_ptr + (place + split) * (BN * BM) + inside, cache_modifier=".cg")
-            tl.store(lock_ptr + tl.program_id(0), 0)
-    return total, last
 
 
 @triton.jit
@@ -83,7 +62,7 @@ def matmul_residual_kernel(
         in_columns, pid_k, N, K, G, sxm, sxk, plane_bytes, FORMAT, GROUP, ZERO, DOUBLE, BN, BK, BM, SPLIT, STAGES,
         EVEN, DTYPE, ASM,
     )  # fmt: skip
-    acc, last = _meet(acc, work_ptr, lock_ptr, pid_k, BN, BM, SPLIT)
+    acc, last = meet(acc, work_ptr, lock_ptr, pid_k, BN, BM, SPLIT)
     if last:
         mask = in_columns[None, :] & in_rows[:, None]
         token = columns.to(tl.int64)[None, :]
@@ -134,7 +113,7 @@ def matmul_swiglu_kernel(
         in_columns, pid_k, N, K, G, sxm, sxk, plane_bytes, FORMAT, GROUP, ZERO, DOUBLE, BN, BK, BM, SPLIT, STAGES,
         EVEN, DTYPE, ASM,
     )  # fmt: skip
-    acc, last = _meet(acc, work_ptr, lock_ptr, pid_k, BN, BM, SPLIT)
+    acc, last = meet(acc, work_ptr, lock_ptr, pid_k, BN, BM, SPLIT)
     if last:
         if PARTS > 0:
             acc *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
@@ -178,7 +157,7 @@ def matmul_rope_kernel(
         in_columns, pid_k, N, K, G, sxm, sxk, plane_bytes, FORMAT, GROUP, ZERO, DOUBLE, BN, BK, BM, SPLIT, STAGES,
         EVEN, DTYPE, ASM,
     )  # fmt: skip
-    acc, last = _meet(acc, work_ptr, lock_ptr, pid_k, BN, BM, SPLIT)
+    acc, last = meet(acc, work_ptr, lock_ptr, pid_k, BN, BM, SPLIT)
     if last:
         if PARTS > 0:
             acc *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]

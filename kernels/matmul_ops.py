@@ -4,6 +4,8 @@
 ``triton``. Importing this module neither needs triton nor asks for a device.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,13 +33,13 @@ def quant_matmul(
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
     t = tuple(map(w.tensors.get, TENSORS))
-    if needs_no_op(x, bias):
+    if needs_no_op(x, bias, t):
         return _product(w.format, x, t, bias, w.shape[0], w.layout, impl, batch_invariant)
     op = getattr(torch.ops.brise, f"{w.format}_matmul")
     return op(x, *t, bias, w.shape[0], w.layout, impl, batch_invariant)
 
 
-def needs_no_op(x: Tensor, bias: Tensor | None) -> bool:
+def needs_no_op(x: Tensor, bias: Tensor | None, t: Sequence[Tensor | None] = ()) -> bool:
     """Whether nobody looks at the op: no gradient, no compiler, no mode. Its dispatch takes as long as a small product
     on a CPU."""
     # asked first: of what comes after, a compiler can make nothing
@@ -45,7 +47,7 @@ def needs_no_op(x: Tensor, bias: Tensor | None) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+    return not (torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, bias, *t)))
 
 
 def direct(w: PackedWeight, dtype: torch.dtype) -> Direct | None:
@@ -171,6 +173,12 @@ def _define(fmt: str) -> None:
         return grad.new_empty((*grad.shape[:-1], k))
 
     def setup(ctx, inputs, output):
+        asking = [name for name, asks in zip(TENSORS, ctx.needs_input_grad[1:8]) if asks]
+        if asking:
+            raise ValueError(
+                f"{fmt}_matmul has gradients to x and to the bias, none to {', '.join(asking)} of the weight: detach() "
+                "them, or train what is dequantized"
+            )
         ctx.save_for_backward(*inputs[1:8])
         ctx.k, ctx.layout_name = inputs[0].shape[-1], inputs[10]
         ctx.bias_dtype = None if inputs[8] is None else inputs[8].dtype

@@ -29,9 +29,9 @@ class MatmulConfig:
 Table = tuple[tuple[int, MatmulConfig], ...]
 ALL = 1 << 62
 
-# tokens up to which an entry serves; the last serves all
+# tokens up to which an entry serves; the last serves all. Four stages, as three spill for sm_80 with triton 3.6
 MATMUL: Table = (
-    (16, MatmulConfig(16)),
+    (16, MatmulConfig(16, stages=4)),
     (32, MatmulConfig(32)),
     (ALL, MatmulConfig(64)),
 )
@@ -58,7 +58,7 @@ CANDIDATES: dict[int, tuple[MatmulConfig, ...]] = {
     ),
 }
 # one configuration whatever the number of tokens, so that a row never depends on its neighbours
-MATMUL_INVARIANT = MatmulConfig(16)
+MATMUL_INVARIANT = MatmulConfig(16, stages=4)
 INT8_DYNAMIC: Table = (
     (16, MatmulConfig(16)),
     (64, MatmulConfig(64)),

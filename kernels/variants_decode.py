@@ -26,7 +26,7 @@ def _decode(head_dim: int, groups: int, dtype: str, int8: bool = False, queries:
     constants = {
         "G": groups, "D": head_dim, "BD": 1 << (head_dim - 1).bit_length(), "BR": tile, "BN": config.bn,
         "CHUNK": tuning_decode.CHUNK,
-        "INT8": int8, "START": queries > 1, "STAGES": config.stages, "DTYPE": _DTYPES[dtype],
+        "INT8": int8, "START": queries > 1, "SEVERAL": queries > 1, "STAGES": config.stages, "DTYPE": _DTYPES[dtype],
     }  # fmt: skip
     if queries == 1:
         # the launch makes a constant of an argument that is 1

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.attention_ops import sliding_attention
+from ..kernels.decode_ops import decode_attention
 from ..kernels.decode_reference import visible
 from .rope import CosSin
 from .static_cache import StaticRollingCache
@@ -146,4 +147,11 @@ class LeanAttention:
         found = nn.functional.scaled_dot_product_attention(
             q, layer.keys[:, :, : self.used], layer.values[:, :, : self.used], attn_mask=self.mask
         )
+        if self.mask is not None and torch.isnan(found.sum()):
+            # zero times nan: a slot that is hidden, as that of a draft which broke, must be left out
+            seen, reach = self.cache.rows.seen, self.cache.rows.reach
+            apart = decode_attention(
+                turned[:, :, : h.queries], layer.keys, layer.values, seen, window=reach, batch_invariant=True
+            )
+            return apart.flatten(2)
         return found.view(batch, h.groups, tokens, -1, h.width).transpose(1, 2).reshape(batch, tokens, -1)

@@ -82,11 +82,23 @@ def project(
     else:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         steps = prompts = Projection(
-            _one_by_one(layers), f"{kinds} are no plain or quantized layers without bias"
+            _one_by_one([_left_usable(layer) for layer in layers]),
+            f"{kinds} are no plain or quantized layers without bias",
         )
     if not invariant:
         return steps, prompts
     return Projection(RowByRow(steps.product), steps.separate, steps.nbytes), prompts
+
+
+def _left_usable(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Called outside of inference mode: what it keeps of a call, as bitsandbytes' layers do that re-pack themselves,
+    must serve whoever trains the model afterwards."""
+
+    def product(x: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return layer(x)
+
+    return product
 
 
 def _one_by_one(products: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:

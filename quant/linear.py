@@ -180,7 +180,7 @@ class QuantLinear(_Quantized, nn.Linear):
             return False
         for name, place in direct.places:
             tensor = buffers.get(_PACKED + name if name == "scales_map" else name)
-            if tensor is None or tensor.data_ptr() != place:
+            if tensor is None or tensor.data_ptr() != place or tensor.requires_grad:
                 return False
         return bias is None or (bias.is_cpu and bias.shape == self.shape[:1])
 

@@ -12,12 +12,16 @@ LARGE = {"x_ptr", "w_ptr", "s_ptr", "absmax_ptr", "y_ptr", "work_ptr", "q_ptr"}
 LARGE |= {"k_ptr", "v_ptr", "ks_ptr", "vs_ptr", "out_ptr", "acc_ptr", "stat_ptr", "keys_ptr", "values_ptr"}
 LARGE |= {"o_ptr", "do_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "lse_ptr", "delta_ptr"}
 LARGE |= {"qo_ptr", "ko_ptr", "cos_ptr", "sin_ptr", "residual_ptr", "sum_ptr", "gate_ptr", "up_ptr"}
+LARGE |= {"h_ptr", "g_ptr", "sums_ptr"}
 CHECKED = [
     "matmul-int4-g128-fp16-m16-split",
     "matmul-int4-g32-fp16-m16-zero",
     "matmul-nf4-g64-bf16-m16-double-split",
     "matmul-int8-row-fp16-m16",
     "matmul-int3-g64-fp16-m16",
+    "matmul-residual-int4-g128-bf16-m16-split-normed",
+    "matmul-swiglu-int4-g128-bf16-m16-normed",
+    "matmul-rope-int4-g128-bf16-m16-split-normed",
     "dequantize-int4-fp16",
     "int8-dynamic-m32-outliers",
     "quantize-tokens",

@@ -140,6 +140,29 @@ def test_what_is_broken_in_a_row_stays_there():
         torch.testing.assert_close(out[[0, 2]], sound[[0, 2]])
 
 
+@pytest.mark.parametrize("impl", ["auto", "invariant", "reference"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_query_sees_nothing_of_what_breaks_behind_it(impl, int8):
+    """A draft that is nan: the queries before it are what they are without it, those behind it are nan."""
+    torch.manual_seed(7)
+    seen, window, slots = (13, 30, 9), 17, SLOTS
+    how = {"impl": "auto", "batch_invariant": True} if impl == "invariant" else {"impl": impl}
+    q, rows = torch.randn(3, 4, 4, 16), history(seen, 2, 16, int8=int8)
+    exact = attention(q, rows, slots, window, None, torch.float64)
+    for broken in (NAN, float("inf")):
+        given = rings(rows, slots) | {"seen": torch.tensor(seen)}
+        for b, behind in ((0, 1), (1, 2)):
+            slot = (seen[b] - behind) % slots
+            names = ("key_scales", "value_scales") if int8 else ("keys", "values")
+            for name in names:
+                given[name][b, :, slot] = broken
+        out = ops.decode_attention(q, **given, window=window, **how)
+        whole = torch.ones(3, 4, dtype=torch.bool)
+        whole[0, 3:] = whole[1, 2:] = False
+        torch.testing.assert_close(out[whole].double(), exact[whole], rtol=1e-5, atol=1e-6)
+        assert not out[~whole].isfinite().any()
+
+
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_what_another_text_left_in_the_ring_is_not_seen(impl):
     """A row that is given to a new text keeps the finite numbers of the old one."""

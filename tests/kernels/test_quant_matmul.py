@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from brise.kernels import checks, cpu, layout, native, ops, reference
 from brise.kernels.budget import check_budget
@@ -217,6 +218,35 @@ def test_compiles_into_one_graph():
         assert torch.equal(f(x), ops.quant_matmul(x, w).relu())
 
 
+@pytest.mark.parametrize(
+    "how", [{}, {"double": True}, {"symmetric": False}], ids=["plain", "double", "zeros"]
+)
+def test_one_graph_serves_any_number_of_tokens_forwards_and_backwards(how):
+    w, _ = packed("int4", 24, 64, 32, **how)
+    counted = CompileCounterWithBackend("aot_eager")
+    f = torch.compile(lambda x: ops.quant_matmul(x, w).relu(), fullgraph=True, dynamic=True, backend=counted)
+    # none of them a size of the weight's, which a compiler would take for the same
+    for m in (5, 3, 17, 65, 400):
+        ours, plain = (torch.ones(m, 64).div(m).requires_grad_() for _ in "ab")
+        out, want = f(ours), ops.quant_matmul(plain, w).relu()
+        assert torch.equal(out, want)
+        out.sum().backward()
+        want.sum().backward()
+        assert torch.equal(ours.grad, plain.grad)
+    assert counted.frame_count == 1
+
+
+def test_a_gradient_that_would_never_come_is_refused():
+    for how, name in (({}, "scales"), ({"double": True}, "scales_absmax")):
+        w, _ = packed("int4", 20, 64, 32, **how)
+        w.tensors[name] = w.tensors[name].clone().requires_grad_()
+        for x in (torch.randn(3, 64), torch.randn(3, 64, requires_grad=True)):
+            with pytest.raises(ValueError, match=f"none to {name} of the weight: detach"):
+                ops.quant_matmul(x, w)
+        with torch.no_grad():
+            assert not ops.quant_matmul(x, w).requires_grad
+
+
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_int8_dynamic_rounds_tokens_and_spares_outliers(impl):
     torch.manual_seed(3)
@@ -275,6 +305,36 @@ def test_bad_input_is_refused_with_its_values():
     )
     refuse(r"impl='triton' reads layout tiles", impl="triton")
     refuse(r"x is on cpu, qweight on meta", qweight=torch.zeros(20, 32, dtype=torch.uint8, device="meta"))
+
+
+def test_what_belongs_to_tiled_codes_is_looked_at_as_well():
+    x = torch.randn(3, 64)
+
+    def refuse(says, error=ValueError, fmt="int4", layout_name="tiles", x=x, **changes):
+        group, how = (64, {}) if fmt == "nf4" else (32, {"symmetric": False})
+        w, _ = packed(fmt, 64, 64, group, torch.bfloat16, layout_name, **how, **changes.pop("how", {}))
+        w.tensors.update({name: t(w) if callable(t) else t for name, t in changes.items()})
+        with pytest.raises(error, match=says):
+            ops.quant_matmul(x, w)
+
+    codes = torch.zeros(2, 64, dtype=torch.uint8)
+    refuse(r"zeros .*\[2, 64\], got \[64, 2\]", zeros=codes.T.contiguous())
+    refuse(r"zeros .* must be torch.uint8, got torch.float32", TypeError, zeros=codes.float())
+    refuse(r"zeros must be contiguous", zeros=codes.T.contiguous().T)
+    refuse(r"nf4 has no zero points", fmt="nf4", zeros=codes[:1])
+    refuse(r"scales must be floating point.*int32", TypeError, scales=codes.int())
+    refuse(r"needs scales_absmax", scales=codes)
+    refuse(r"scales_absmax .*\[1\], got \[2\]", how={"double": True}, scales_absmax=torch.ones(2))
+    refuse(r"scales_map .*\[256\], got \[255\]", how={"double": True}, scales_map=torch.ones(255))
+    refuse(r"scales_absmax are for scales in uint8", scales_absmax=torch.ones(1))
+    refuse(r"layout tiles has no g_idx", g_idx=torch.zeros(64, dtype=torch.int32))
+    half = {"layout_name": "cpu_int4", "x": x.bfloat16()}
+    refuse(r"zeros .* must be torch.float32, got torch.uint8", TypeError, zeros=codes, **half)
+    refuse(r"zeros .*\[2, 64\], got \[1, 64\]", zeros=codes[:1].float(), **half)
+    w, _ = packed("int4", 20, 64, 32)
+    extra = ops.PackedWeight("int4", (20, 64), "portable", w.tensors | {"scales_map": torch.ones(256)})
+    with pytest.raises(ValueError, match="scales_map are for scales in uint8"):
+        ops.quant_matmul(x, extra)
 
 
 def test_layouts_refuse_what_they_cannot_hold():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import MistralConfig
+from transformers import BitsAndBytesConfig, MistralConfig
 
 from brise.kernels import native
 from brise.model.checkpoint import load_model, save_model
@@ -90,6 +90,61 @@ def test_an_adapted_layer_is_called_as_it_is():
     generator = Generator(model)
     assert [c.tokens for c in generator.complete([Request(ids[0].tolist(), 8)])] == wanted
     assert "Adapted" in generator.model.separate["layers.1.self_attn"]
+
+
+def test_what_a_layer_keeps_of_a_call_can_still_be_trained_with():
+    model = model_of(None)
+
+    class Repacking(torch.nn.Linear):
+        """As bitsandbytes' 4-bit layers on a CPU: the first call brings the weight into another form."""
+
+        def forward(self, x):
+            if not hasattr(self, "kept"):
+                self.kept = self.weight.detach() * 1.0
+            return torch.nn.functional.linear(x, self.kept)
+
+    layer = model.model.layers[1].mlp
+    layer.down_proj.__class__ = Repacking
+    generate(model, [[1, 2, 3]], max_new_tokens=2)
+    assert hasattr(layer.down_proj, "kept")
+    model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    assert bool(layer.up_proj.weight.grad.any())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True], ids=["", "double"])
+def test_four_bit_layers_of_bitsandbytes(tiny_checkpoint, kind, double):
+    """Called as they are, and left as transformers leaves them."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="its layers are under test")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    ids = torch.randint(1, 256, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def loaded(fused):
+        model = MistralForCausalLM.from_pretrained(
+            tiny_checkpoint, quantization_config=config, dtype=torch.float32
+        ).eval()
+        layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+        assert len(layers) == 14
+        for layer in layers:
+            # its product in bf16, which some processors have, depends on how many rows there are
+            layer.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu and fused
+        return model
+
+    for fused in (False, True):
+        theirs, ours = loaded(fused), loaded(fused)
+        wanted = theirs.generate(ids, max_new_tokens=10, do_sample=False)
+        generator = Generator(ours, batch_size=2, eos=())
+        assert "Linear4bit" in generator.model.separate["layers.0.self_attn"]
+        done = generator.complete([Request(row, 10) for row in ids.tolist()])
+        if not fused:
+            assert [c.tokens for c in done] == wanted[:, 9:].tolist()
+        # it keeps the scales of what it has re-packed in bf16
+        left, right = ours.state_dict(), theirs.state_dict()
+        assert list(left) == list(right) and all(torch.equal(left[name], right[name]) for name in left)
+        assert not any(p.is_inference() for p in ours.parameters())
 
 
 def test_half_precision_goes_through_the_same_loop():

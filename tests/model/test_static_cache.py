@@ -315,6 +315,18 @@ def test_crop_and_reset(model: Any) -> None:
 
 
 @torch.no_grad()
+def test_what_was_taken_back_has_overwritten_what_it_did(model: Any) -> None:
+    cache = static(model.config, 2, spare=3)
+    model(tokens(2, 20), past_key_values=cache)
+    cache.retract(3)
+    with pytest.raises(RuntimeError, match=r"positions from 11 on.*ring of 8 starts at 12"):
+        cache.crop(-2)
+    cache.crop(-1)
+    whole = model(tokens(2, 20)).logits
+    close(model(tokens(2, 20)[:, 16:], past_key_values=cache).logits, whole[:, 16:])
+
+
+@torch.no_grad()
 def test_memory_is_constant_and_that_of_the_rolling_cache(model: Any) -> None:
     cache, rolling = static(model.config, 1), RollingCache(model.config)
     ids, before = tokens(1, 200), addresses(cache)

@@ -103,6 +103,38 @@ def check_steps():
         assert torch.equal(ops.decode_attention(q[:, t], **step, window=100, impl="triton"), together[:, t])
 
 
+def check_what_breaks_behind():
+    """A key and value that are not finite reach the queries that see them, over one split and over several."""
+    torch.manual_seed(5)
+    for int8 in (False, True):
+        for seen in ((9, 40), (131, 150)):
+            q, given, _, _ = case(seen, 4, 2, 24, 160, torch.float16, int8=int8, queries=3)
+            plain = ops.decode_attention(q, **given, window=150, impl="triton")
+            for broken in (NAN, float("inf")):
+                damaged = {name: t.clone() for name, t in given.items()}
+                for name in ("key_scales", "value_scales") if int8 else ("keys", "values"):
+                    damaged[name][1, :, (seen[1] - 1) % 160] = broken
+                out = ops.decode_attention(q, **damaged, window=150, impl="triton")
+                assert torch.equal(out[0], plain[0]) and not out[1, 2].isfinite().any()
+                assert torch.allclose(out[1, :2], plain[1, :2], rtol=2e-3, atol=2e-3)
+
+
+def check_counts_beyond_32_bits():
+    """Refused, and not cut to what is left of them."""
+    ring = torch.zeros(1, 1, 16, 16)
+    far = (
+        {"seen": torch.tensor([(1 << 32) + 3])},
+        {"seen": torch.tensor([9]), "start": torch.tensor([1 << 32])},
+    )
+    for counts, says in zip(far, ("seen must be at most 1073741823, got [4294967299]", "start must be")):
+        try:
+            ops.decode_attention(torch.zeros(1, 1, 16), ring, ring, **counts, impl="triton")
+        except ValueError as error:
+            assert says in str(error), error
+        else:
+            raise AssertionError(f"{counts} was taken")
+
+
 def check_strides():
     """Queries, keys and values inside wider tensors."""
     q, given, _, _ = case((30, 12), 4, 2, 24, 20, torch.float16)
@@ -163,6 +195,8 @@ if __name__ == "__main__":
     check((5, 9), 2, 1, 256, 16, torch.float16)
     check_padding()
     check_steps()
+    check_what_breaks_behind()
+    check_counts_beyond_32_bits()
     check_strides()
     check_window_boundary()
     assert launch._locks and not any(bool(c.any()) for sets in launch._locks.values() for c in sets)
