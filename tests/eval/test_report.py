@@ -101,6 +101,23 @@ def test_the_table():
     assert "- The source is a model that was made up.\n" in text
 
 
+def test_machines_that_measured_are_told_apart():
+    (group,) = group_rows(ROWS)
+    assert markdown(group).count("easured on") == 1
+    other = dataclasses.replace(ROWS[0].provenance, device="another processor", threads=1)
+    timed = dataclasses.replace(PROTOCOL, speed=SpeedProtocol())
+    for protocol, warned in ((PROTOCOL, False), (timed, True)):
+        rows = [dataclasses.replace(row, protocol=protocol) for row in ROWS]
+        if warned:
+            rows = [dataclasses.replace(row, speed=SPEED) for row in rows]
+        rows[0] = dataclasses.replace(rows[0], provenance=other)
+        (group,) = group_rows(rows)
+        text = markdown(group)
+        assert "- 1 row measured on another processor, 1 thread, torch 2 (nf4).\n" in text
+        assert text.count("easured on") == 2 and "- 3 rows measured on cpu, 2 threads, torch 2 (" in text
+        assert ("Compare no speeds" in text) == warned
+
+
 def test_columns_appear_with_what_was_measured():
     protocol = dataclasses.replace(PROTOCOL, speed=SpeedProtocol())
     speed = Speed(Rate(1234.4, 1200, 1250), Rate(9.87, 9, 10), 512, 16, 1, 5)
