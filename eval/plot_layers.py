@@ -14,7 +14,7 @@ _MOST = 8
 
 
 def by_layer(layers: Sequence[LayerError]) -> dict[int, float]:
-    """The layer's number -> the mean error of its modules: in their outputs, or in their weights, see :func:`of_outputs`.
+    """The layer's number -> the mean error of its modules, in their outputs or in their weights (:func:`of_outputs`).
 
     Modules that are in no layer (embedding, head) are left out.
     """

@@ -168,13 +168,12 @@
     const title = { text: field(key).label, standoff: 10 };
     checkbox.disabled = !values(key).every((v) => v > 0);
     const log = !checkbox.disabled && checkbox.checked, edge = beyond(key);
-    const low = Math.min(...values(key)), high = Math.min(edge, Math.max(...values(key)));
+    const low = Math.min(...values(key));
     // no range asked for is plotly's own; a double click shows everything
     const ends = log ? [Math.log10(low / 1.3), Math.log10(edge)] : [low - 0.05 * (edge - low), edge];
     const range = edge === Infinity ? {} : { range: ends, autorange: false };
     if (!log) return { title, type: "linear", ...range };
-    const tickvals = ticks(low, high);
-    return { title, type: "log", tickmode: "array", tickvals, ticktext: tickvals.map(tick), ...range };
+    return { title, type: "log", tickmode: "array", tickvals: TICKS, ticktext: TICKS.map(tick), ...range };
   }
   function sayBeyond(x, y) {
     const out = rows().filter((row) => [x, y].some((key) => figure(row, key) && figure(row, key)[0] > beyond(key)));
@@ -261,7 +260,9 @@
     const update = { annotations };
     for (const [key, axis] of [["xaxis", xaxis], ["yaxis", yaxis]]) {
       if (axis.type !== "log") continue;
-      const inside = axis.tickvals.filter((v) => Math.log10(v) >= axis.range[0] && Math.log10(v) <= axis.range[1]).length;
+      const shown = ticks(10 ** axis.range[0], 10 ** axis.range[1]);
+      const inside = shown.filter((v) => Math.log10(v) >= axis.range[0] && Math.log10(v) <= axis.range[1]).length;
+      Object.assign(update, { [`${key}.tickvals`]: shown, [`${key}.ticktext`]: shown.map(tick) });
       update[`${key}.tickmode`] = inside > 1 ? "array" : "auto";
     }
     named = () => name(there, x, y, best);

@@ -116,6 +116,7 @@ def test_prediction_and_files_agree(tied, tmp_path):
     predicted = predict_ledger(model_config, None)
     check_ledger(predicted, found)
     assert found.nbytes == predicted.nbytes and found.parameters == predicted.parameters
+    assert [entry.name for entry in found.entries] == [entry.name for entry in predicted.entries]
     model.save_pretrained(tmp_path / "shards", max_shard_size="30kB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     check_ledger(predicted, ledger_of_checkpoint(tmp_path / "shards"))
@@ -176,6 +177,19 @@ def test_loaded_bytes_counts_a_tied_weight_once():
     buffers = sum(b.nbytes for b in tied.buffers())
     assert loaded_bytes(tied) == 4 * PARAMETERS + buffers
     assert loaded_bytes(untied) == 4 * (PARAMETERS + 6400) + buffers
+    one, other = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+    other.weight = torch.nn.Parameter(one.weight.data)  # another parameter, the same memory
+    assert loaded_bytes(torch.nn.Sequential(one, other)) == 4 * 16
+
+
+def test_on_a_gpu_the_peak_is_torchs_own(monkeypatch):
+    begun = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: begun.append(True))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 77)
+    reset_peak()
+    assert begun == [True] and gpu_peak(torch.device("cuda")) == 77
 
 
 def test_the_process_peak_follows_what_was_held():
@@ -187,6 +201,7 @@ def test_the_process_peak_follows_what_was_held():
     del block
     after = process_peak()
     assert after is not None and 100e6 < after - before < 150e6
+    assert before % 4096 == after % 4096 == 0  # whole pages
     assert reset_peak() and (process_peak() or after) < after - 80e6
     assert gpu_peak(torch.device("cpu")) is None
 

@@ -221,10 +221,10 @@ def test_algorithms_and_source():
 
 
 def test_provenance_of_here_and_now():
-    got = collect(torch.device("cpu"), seed=3, command="brise eval x")
+    got = collect(torch.device("cpu"), seed=3, command="brise eval x", batch=5)
     assert got.versions["torch"] == torch.__version__ and got.versions["python"] == sys.version.split()[0]
     assert (got.seed, got.command, got.threads) == (3, "brise eval x", torch.get_num_threads())
-    assert got.device and got.time.endswith("+00:00")
+    assert got.batch == 5 and got.device and got.time.endswith("+00:00")
     assert "brise" in got.versions
 
 
@@ -287,6 +287,23 @@ def test_the_hash_is_of_the_model_and_of_nothing_else(tmp_path):
     (others[2] / "second.safetensors").write_bytes(b"")
     assert model_hash(one) == model_hash(same)
     assert len({model_hash(folder) for folder in [one, *others]}) == 4
+
+
+def test_a_hash_of_files_is_of_names_and_contents_in_any_order(tmp_path):
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (tmp_path / name for name in "abc")
+    hashes = [provenance.hash_files(files) for files in ([a], [b], [c], [a, c], [b, c], [])]
+    assert len(set(hashes)) == 6 and provenance.hash_files([c, a]) == hashes[3]
+    assert model_hash(a) == hashes[0]  # a model of one file
+
+
+def test_the_compiled_products_are_a_version(monkeypatch):
+    monkeypatch.setattr(provenance.native, "processor", lambda: "a processor's kind")
+    monkeypatch.setattr(provenance.native, "active", lambda: object())
+    assert provenance.versions()["native"] == "a processor's kind"
+    monkeypatch.setattr(provenance.native, "active", lambda: None)
+    assert "native" not in provenance.versions()
 
 
 def test_names_carry_no_path(tmp_path):
