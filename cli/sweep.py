@@ -236,6 +236,20 @@ def report(
 
 
 def _show(console: Console, rows: list[Row], skipped: list[str], files: list[Path]) -> None:
+    """A table for each protocol and source: figures of two are never in one."""
+    from ..eval.report import group_rows, title
+
+    groups = group_rows(rows)
+    for group in groups:
+        if len(groups) > 1:
+            print(f"\n{title(group)}")
+        keys = {row.key for row in group.rows}
+        _show_table(console, [row for row in rows if row.key in keys], skipped)
+    for file in files:
+        print(file)
+
+
+def _show_table(console: Console, rows: list[Row], skipped: list[str]) -> None:
     from rich.table import Table
 
     from ..eval.report import pm, spread
@@ -256,8 +270,6 @@ def _show(console: Console, rows: list[Row], skipped: list[str], files: list[Pat
             "" if row.speed is None else spread(row.speed.decode),
         )
     console.print(table)
-    for file in files:
-        print(file)
 
 
 def add_to(app: typer.Typer) -> None:

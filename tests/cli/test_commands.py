@@ -121,6 +121,10 @@ def test_inspect_counts_what_is_stored_and_predicts_it_beforehand(tiny_checkpoin
     }
     assert found["kv_cache"] == 2 * 2 * 2 * 16 * 1024 * 4  # K and V, layers, KV heads, width, tokens, fp32
     assert found["specs"] == {"nf4, group 64, double quantization, rtn": 16}
+    grid = run_json("inspect", tmp_path / "q", "--contexts", "16,64", "--sliding", "own,32")["kv_caches"]
+    assert [cell["bytes"] for cell in grid] == [n * predicted["kv_cache"] // 1024 for n in (16, 16, 64, 32)]
+    text = run("inspect", tmp_path / "q", "--contexts", "16,64", "--sliding", "own,32").stdout
+    assert "window own" in text and "window 32" in text
     text = run("inspect", tmp_path / "q", "--length", "2048", "--modules").stdout
     assert "KV cache of 2048 tokens" in text and "model.layers.1.mlp.down_proj.scales_absmax" in text
 

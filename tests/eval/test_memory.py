@@ -13,6 +13,7 @@ from brise.eval.memory import (
     gpu_peak,
     human_bytes,
     kv_cache_bytes,
+    kv_cache_grid,
     ledger_of_checkpoint,
     loaded_bytes,
     predict_ledger,
@@ -170,6 +171,21 @@ def test_the_kv_cache_against_a_real_one(window, dtype):
     assert kv_cache_bytes(model_config, 20, batch=3, dtype=dtype) == held
     assert kv_cache_bytes(model_config, 20) == 2 * 2 * 2 * 16 * (window or 20) * 2
     assert kv_cache_bytes(model_config, 5) == 2 * 2 * 2 * 16 * 5 * 2
+
+
+def test_the_kv_cache_against_context_and_window():
+    model_config = config(sliding_window=8)
+    token = 2 * 2 * 2 * 16 * 2
+    grid = kv_cache_grid(model_config, [4, 20], [None, 6, 100])
+    assert [(cell["context"], cell["window"], cell["bytes"] // token) for cell in grid] == [
+        (4, None, 4),
+        (4, 6, 4),
+        (4, 100, 4),
+        (20, None, 8),
+        (20, 6, 6),
+        (20, 100, 20),
+    ]
+    assert model_config.sliding_window == 8
 
 
 def test_loaded_bytes_counts_a_tied_weight_once():

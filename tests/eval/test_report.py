@@ -205,6 +205,20 @@ def test_what_must_not_be_compared_is_apart():
     assert groups[0].source == ROWS[2] and all(group.source is None for group in groups[1:])
 
 
+def test_the_command_prints_a_table_for_each_protocol(capsys):
+    from rich.console import Console
+
+    from brise.cli.sweep import _show
+
+    other = make_row("nf4", 12, 25, protocol=dataclasses.replace(PROTOCOL, windows=4))
+    _show(Console(width=160), [*ROWS, other], [], [])
+    first, _, rest = capsys.readouterr().out.partition("tiny on boolq#evaluation: 4 windows")
+    assert "tiny on boolq#evaluation: 16 windows" in first and first.count("25.40") == 1
+    assert rest.count("configuration") == 1 and rest.count("±") == 3 and "25.00" in rest
+    _show(Console(width=160), ROWS, [], [])
+    assert "windows" not in capsys.readouterr().out
+
+
 def test_of_equal_keys_the_last_row_counts():
     newer = make_row("nf4", 12.5, 26)
     (group,) = group_rows([*ROWS, newer])
