@@ -43,8 +43,9 @@ def inspect(
         str, typer.Option(metavar="1024,8192", help="Contexts of a table of the KV cache, against windows.")
     ] = "",
     sliding: Annotated[
-        str, typer.Option(metavar="own,256", help="Sliding windows of that table; own is the model's.")
-    ] = "own",
+        str | None,
+        typer.Option(metavar="own,256", help="Sliding windows of that table; own, the model's, by default."),
+    ] = None,
     modules: Annotated[bool, typer.Option("--modules", help="List every stored tensor.")] = False,
     json_: Json = False,
     debug: Debug = False,
@@ -54,6 +55,8 @@ def inspect(
     Read from the headers of the files and checked against what the configuration predicts.
     """
     session = session_of(ctx)
+    if sliding is not None and not contexts:
+        raise typer.BadParameter("is for the table of --contexts", param_hint="'--sliding'")
     chosen = None if config is None else load_config(config)
     folder = resolve(checkpoint, session)
     ledger, specs, model_config = _ledger(folder, chosen)
@@ -69,7 +72,9 @@ def inspect(
         "specs": dict(Counter(describe_spec(spec) for spec in specs.values())),
     }
     if contexts:
-        document["kv_caches"] = kv_cache_grid(model_config, numbers(contexts), sliding_windows(sliding))
+        document["kv_caches"] = kv_cache_grid(
+            model_config, numbers(contexts), sliding_windows(sliding or "own")
+        )
     if modules:
         document["tensors"] = [
             {

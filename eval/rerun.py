@@ -158,7 +158,14 @@ def rerun(
                 ids = None
                 if config.needs_calibration:
                     ids = calibration_windows(source, config.calibration, how.get("bos", "auto"), cache_dir)
-                quantize_checkpoint(source, checkpoint, config, calibration=ids, hessians=place / "hessians")
+                quantize_checkpoint(
+                    source,
+                    checkpoint,
+                    config,
+                    calibration=ids,
+                    hessians=place / "hessians",
+                    progress=progress,
+                )
             against = None
             if row.baseline is not None:
                 kept = None if row.protocol.baseline == EXACT else place / "baseline"
