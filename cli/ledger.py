@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .options import numbers
 from .quantize import describe_spec, load_config
 from .session import Debug, Json, session_of
 from .sources import SRC_HELP, resolve
+from .surface import sliding_windows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +26,8 @@ EPILOG = """
 [bold]brise inspect smollm2-135m --config gptq-int3-g64[/bold]  what that would take; nothing is quantized
 
 [bold]brise inspect build/nf4 --modules --length 8192[/bold]
+
+[bold]brise inspect ./Mistral-7B-v0.1 --contexts 1024,8192,32768 --sliding own,1024[/bold]
 """
 
 
@@ -35,6 +39,13 @@ def inspect(
         typer.Option("--config", "-c", help="Predict what CKPT would take under this preset or file."),
     ] = None,
     length: Annotated[int, typer.Option(min=1, help="Tokens of the text whose KV cache is counted.")] = 1024,
+    contexts: Annotated[
+        str, typer.Option(metavar="1024,8192", help="Contexts of a table of the KV cache, against windows.")
+    ] = "",
+    sliding: Annotated[
+        str | None,
+        typer.Option(metavar="own,256", help="Sliding windows of that table; own, the model's, by default."),
+    ] = None,
     modules: Annotated[bool, typer.Option("--modules", help="List every stored tensor.")] = False,
     json_: Json = False,
     debug: Debug = False,
@@ -44,17 +55,26 @@ def inspect(
     Read from the headers of the files and checked against what the configuration predicts.
     """
     session = session_of(ctx)
+    if sliding is not None and not contexts:
+        raise typer.BadParameter("is for the table of --contexts", param_hint="'--sliding'")
     chosen = None if config is None else load_config(config)
     folder = resolve(checkpoint, session)
-    ledger, specs, kv = _ledger(folder, chosen, length)
+    ledger, specs, model_config = _ledger(folder, chosen)
+
+    from ..eval.memory import kv_cache_bytes, kv_cache_grid
+
     document: dict[str, Any] = {
         "checkpoint": checkpoint,
         "predicted_for": config,
         **ledger.to_dict(),
-        "kv_cache": kv,
+        "kv_cache": kv_cache_bytes(model_config, length),
         "kv_length": length,
         "specs": dict(Counter(describe_spec(spec) for spec in specs.values())),
     }
+    if contexts:
+        document["kv_caches"] = kv_cache_grid(
+            model_config, numbers(contexts), sliding_windows(sliding or "own")
+        )
     if modules:
         document["tensors"] = [
             {
@@ -70,16 +90,14 @@ def inspect(
     session.finish(document, lambda console: _show(console, document))
 
 
-def _ledger(
-    folder: Path, config: QuantConfig | None, length: int
-) -> tuple[Ledger, dict[str, QuantSpec], int]:
-    """The ledger, the spec of every quantized module, and the bytes of the KV cache of ``length`` tokens.
+def _ledger(folder: Path, config: QuantConfig | None) -> tuple[Ledger, dict[str, QuantSpec], Any]:
+    """The ledger, the spec of every quantized module, and the model's configuration.
 
     Raises:
         ConfigError: the config does not fit the model, or the model is quantized already.
         LedgerError: the files are not what their configuration predicts.
     """
-    from ..eval.memory import check_ledger, kv_cache_bytes, ledger_of_checkpoint, predict_ledger
+    from ..eval.memory import check_ledger, ledger_of_checkpoint, predict_ledger
     from ..model.checkpoint import empty_model
     from ..model.foreign.reader import open_checkpoint
     from ..model.quantization_entry import read_entry
@@ -89,20 +107,19 @@ def _ledger(
     data = dict(open_checkpoint(folder).config)
     entry = data.pop("quantization_config", None)
     model = empty_model(data)
-    kv = kv_cache_bytes(model.config, length)
     if config is not None:
         if entry is not None:
             raise ConfigError(
                 f"{folder} is quantized already: give the checkpoint it was made from, or no --config"
             )
         specs = {path: spec for path, (spec, _) in resolve(config, find_targets(model)).items() if spec}
-        return predict_ledger(model.config, config), specs, kv
+        return predict_ledger(model.config, config), specs, model.config
     found = ledger_of_checkpoint(folder)
     if entry is None:
-        return found, {}, kv
+        return found, {}, model.config
     _, specs = read_entry(entry, str(folder / "config.json"))
     check_ledger(predict_ledger(model.config, specs), found)
-    return found, specs, kv
+    return found, specs, model.config
 
 
 def _show(console: Console, document: dict[str, Any]) -> None:
@@ -123,6 +140,7 @@ def _show(console: Console, document: dict[str, Any]) -> None:
     table.add_row("[bold]in all[/bold]", human_bytes(total), "")
     table.add_row(f"KV cache of {document['kv_length']} tokens", human_bytes(document["kv_cache"]), "")
     console.print(table)
+    _show_caches(console, document.get("kv_caches", []))
     bits = document["bits_per_quantized_weight"]
     quantized = "" if bits is None else f", {bits:.3f} per quantized weight"
     weights = f"{document['parameters'] / 1e6:,.1f} M weights"
@@ -135,6 +153,24 @@ def _show(console: Console, document: dict[str, Any]) -> None:
         print(f"predicted for {document['predicted_for']}; nothing was quantized")
     for t in document.get("tensors", []):
         print(f"{t['bytes']:>12,}  {t['part']:9}  {t['kind']:12}  {t['dtype']:8}  {t['name']}  {t['shape']}")
+
+
+def _show_caches(console: Console, caches: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from ..eval.memory import human_bytes
+
+    if not caches:
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("KV cache of tokens", justify="right")
+    windows = list(dict.fromkeys(cache["window"] for cache in caches))
+    for window in windows:
+        table.add_column(f"window {window or 'own'}", justify="right")
+    for context in dict.fromkeys(cache["context"] for cache in caches):
+        sizes = [human_bytes(cache["bytes"]) for cache in caches if cache["context"] == context]
+        table.add_row(f"{context:,}", *sizes)
+    console.print(table)
 
 
 def add_to(app: typer.Typer) -> None:

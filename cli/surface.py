@@ -67,7 +67,7 @@ def surface(
     speed is not measured.
     """
     session = session_of(ctx)
-    sizes = _windows(sliding)
+    sizes = sliding_windows(sliding)
     folders = [resolve(checkpoint, session) for checkpoint in checkpoints]
 
     from ..eval.evaluate import baseline_of
@@ -99,7 +99,12 @@ def surface(
     session.finish({"rows": [row.to_dict() for row in rows]}, lambda console: _show(console, rows))
 
 
-def _windows(text: str) -> list[int | None]:
+def sliding_windows(text: str) -> list[int | None]:
+    """``"own,256"`` as windows; None is the model's own.
+
+    Raises:
+        ValueError: anything but positive whole numbers and own, with commas between.
+    """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part == "own" or (part.isdigit() and int(part)) for part in parts):
         raise ValueError(f"expected windows as numbers or own, with commas between, got {text!r}")

@@ -118,6 +118,14 @@ def sweep(
     ] = None,
     gpus: Annotated[float, typer.Option(min=0, help="Per cell, on Ray.")] = 0,
     retries: Annotated[int, typer.Option(min=0, help="Of a cell whose worker dies, on Ray.")] = 3,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            metavar="MINUTES",
+            help="End a cell that takes longer, and go on; each then runs in a process of its own.",
+        ),
+    ] = None,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Write table and picture at the end.")
     ] = True,
@@ -130,13 +138,14 @@ def sweep(
     command ends with exit code 1.
     """
     session = session_of(ctx)
+    seconds = None if timeout is None else 60 * timeout
     if out is None:
         raise typer.BadParameter("say where the rows go", param_hint="'--out'")
     if report and importlib.util.find_spec("matplotlib") is None:
         raise ImportError('the picture needs matplotlib: pip install "brise[demo]", or pass --no-report')
     options: dict[str, Any] = {
         "checkpoints": checkpoints,
-        "note": session.note if spec is not None or jobs or engine == EngineName.ray else None,
+        "note": session.note if spec or jobs or timeout or engine == EngineName.ray else None,
     }
     run: Callable[..., SweepResult]
     if spec is not None:
@@ -179,11 +188,11 @@ def sweep(
     if engine == EngineName.ray:
         from ..eval.engine_ray import OnRay
 
-        options["engine"] = OnRay(address, gpus=gpus, retries=retries)
-    elif jobs:
+        options["engine"] = OnRay(address, gpus=gpus, retries=retries, timeout=seconds)
+    elif jobs or timeout is not None:
         from ..eval.engines import Processes
 
-        options["engine"] = Processes(jobs)
+        options["engine"] = Processes(max(1, jobs), timeout=seconds)
     with session.progress() as bars:
         result = run(command=command_line(), progress=bars, **options)
     for problem in result.problems:
@@ -227,6 +236,20 @@ def report(
 
 
 def _show(console: Console, rows: list[Row], skipped: list[str], files: list[Path]) -> None:
+    """A table for each protocol and source: figures of two are never in one."""
+    from ..eval.report import group_rows, title
+
+    groups = group_rows(rows)
+    for group in groups:
+        if len(groups) > 1:
+            print(f"\n{title(group)}")
+        keys = {row.key for row in group.rows}
+        _show_table(console, [row for row in rows if row.key in keys], skipped)
+    for file in files:
+        print(file)
+
+
+def _show_table(console: Console, rows: list[Row], skipped: list[str]) -> None:
     from rich.table import Table
 
     from ..eval.report import pm, spread
@@ -247,8 +270,6 @@ def _show(console: Console, rows: list[Row], skipped: list[str], files: list[Pat
             "" if row.speed is None else spread(row.speed.decode),
         )
     console.print(table)
-    for file in files:
-        print(file)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -98,6 +98,9 @@ def bench_calibrate(
     exact = len(specs) if exact is None else exact
     if not 1 <= exact <= len(specs):
         raise ValueError(f"expected 1 to {len(specs)} full runs, got {exact}")
+    origin = collect(
+        torch.device("cpu"), 0, command
+    )  # of the code that begins, not of what is there at the end
     ids = calibration_windows(source, calibration)
     once = dataclasses.replace(calibration, hessians="once", target="quantized", true_sequential=False)
     full = dataclasses.replace(calibration, hessians="sequential", target="quantized", true_sequential=True)
@@ -133,5 +136,5 @@ def bench_calibrate(
         solve,
         runs,
         mean * len(specs) / (gather + sum(solve.values())),
-        collect(torch.device("cpu"), 0, command),
+        origin,
     )

@@ -213,6 +213,7 @@ def run_cpu(
 
     say = progress or (lambda *_: None)
     device = torch.device("cpu")
+    origin = dataclasses.asdict(collect(device, 0, command))
     say("ceiling", 0, 0)
     ceiling = read_ceiling()
     ours: Any = load_model(folder, dtype=torch.float32)
@@ -236,7 +237,6 @@ def run_cpu(
         for name, entry in row["sides"].items():
             entry["memory"]["process_peak"] = in_child(_peak, name, str(folder), load) if memory else None
             entry["share_of_ceiling"] = entry["weight_bytes_per_second"] / ceiling
-        origin = dataclasses.asdict(collect(device, 0, command))
         rows.append(
             {
                 **row,

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .cells import Cell
-from .engines import CellDied, Progress, Result, portable
+from .engines import CellDied, Inline, Processes, Progress, Result, portable
+from .provenance import code_commit
 from .record import Row
 from .tasks import items_of, put_items
 
@@ -29,6 +30,7 @@ class OnRay:
     address: of the cluster as ``ray.init`` takes it (``auto``, ``HOST:PORT``); None starts one here, or uses the one
         that this program has joined.
     cpus, gpus: that a cell takes, on one machine. retries: of a cell whose worker or machine dies.
+    timeout: seconds that a cell may take once it runs, before it is ended and fails; None is for ever.
 
     Raises:
         ImportError: Ray is not installed.
@@ -36,7 +38,13 @@ class OnRay:
     """
 
     def __init__(
-        self, address: str | None = None, *, cpus: float = 1, gpus: float = 0, retries: int = 3
+        self,
+        address: str | None = None,
+        *,
+        cpus: float = 1,
+        gpus: float = 0,
+        retries: int = 3,
+        timeout: float | None = None,
     ) -> None:
         try:
             import ray
@@ -46,7 +54,7 @@ class OnRay:
             ray.init(address=address, log_to_driver=False)
         self.ray: Any = ray
         self.wanted = {"CPU": cpus, "GPU": gpus}
-        self.retries = retries
+        self.retries, self.timeout = retries, timeout
         self.width = max(1, sum(_fits(machine, self.wanted) for machine in self._machines()))
         if (lack := self._lack()) is not None:
             raise NoRoomError(lack)
@@ -61,7 +69,7 @@ class OnRay:
         options = {"num_cpus": self.wanted["CPU"], "num_gpus": self.wanted["GPU"], "max_retries": 0}
         remote = self.ray.remote(_run).options(**options)
         threads = int(self.wanted["CPU"] or 1)
-        waiting = {remote.remote(cell, threads): (cell, 0) for cell in cells}
+        waiting = {remote.remote(cell, threads, self.timeout): (cell, 0) for cell in cells}
         seen = time.monotonic()  # when there last was a machine with room for a cell
         try:
             while waiting:
@@ -78,14 +86,16 @@ class OnRay:
                 cell, tried = waiting.pop(ready[0])
                 try:
                     result = self.ray.get(ready[0])
-                    if isinstance(result, tuple):
-                        result, items = result
-                        put_items(cell.out, result.key, items)
+                    again = isinstance(result, CellDied)
                 except self.ray.exceptions.RayError as error:
-                    if tried < self.retries and self._worth_another(error):
-                        waiting[remote.remote(cell, threads)] = (cell, tried + 1)
-                        continue
                     result = CellDied(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                    again = self._worth_another(error)
+                if again and tried < self.retries:
+                    waiting[remote.remote(cell, threads, self.timeout)] = (cell, tried + 1)
+                    continue
+                if isinstance(result, tuple):
+                    result, items = result
+                    put_items(cell.out, result.key, items)
                 yield cell, result
         finally:
             for reference in waiting:
@@ -123,12 +133,14 @@ def _fits(machine: dict[str, float], wanted: dict[str, float]) -> int:
     )
 
 
-def _run(cell: Cell, threads: int) -> tuple[Row, dict[str, bytes]] | Exception:
+def _run(cell: Cell, threads: int, timeout: float | None) -> tuple[Row, dict[str, bytes]] | Exception:
     import torch
 
+    code_commit()  # of this machine's own code, which may not be the driver's
     torch.set_num_threads(max(1, threads))
-    try:
-        row = cell.run(lambda *_: None)
-        return row, items_of(cell.out, row.key)
-    except Exception as error:  # a cell's own failure is a result: only a dead worker is tried again
-        return portable(error)
+    # what does not end can only be ended from outside: a cell that has a time limit gets a process of its own
+    engine = Inline() if timeout is None else Processes(1, max(1, threads), timeout)
+    ((_, result),) = engine.run([cell], lambda *_: None)
+    if isinstance(result, Exception):  # a cell's own failure is a result: only one that died is tried again
+        return portable(result)
+    return result, items_of(cell.out, result.key)

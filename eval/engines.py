@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from .cells import Cell
+from .provenance import code_commit, inherit_code
 from .record import Row
 
 Progress = Callable[[str, int, int], None]
@@ -19,6 +21,10 @@ Result = tuple[Cell, "Row | Exception"]
 
 class CellDied(RuntimeError):
     """A cell's process ended without a result: killed, or out of memory."""
+
+
+class CellTimeout(RuntimeError):
+    """A cell was not done in the time that it was given, and its process was ended."""
 
 
 class Engine(Protocol):
@@ -57,13 +63,17 @@ class Processes:
 
     Args:
         jobs: processes at once. threads: of torch in each; None shares this process's out.
+        timeout: seconds that a cell may take before its process is killed and the cell fails; None is for ever.
     """
 
-    def __init__(self, jobs: int, threads: int | None = None) -> None:
+    def __init__(self, jobs: int, threads: int | None = None, timeout: float | None = None) -> None:
         if jobs < 1:
             raise ValueError(f"expected at least 1 job, got {jobs}")
+        if timeout is not None and timeout <= 0:
+            raise ValueError(f"expected a timeout above 0 seconds, got {timeout}")
         self.width = jobs
         self.threads = threads
+        self.timeout = timeout
 
     def run(self, cells: Sequence[Cell], progress: Progress) -> Iterator[Result]:
         import torch
@@ -72,19 +82,21 @@ class Processes:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([_child.__module__])
         left = list(cells)
-        running: dict[Connection, tuple[Cell, Any]] = {}
+        running: dict[Connection, tuple[Cell, Any, float]] = {}
         try:
             while left or running:
                 while left and len(running) < self.width:
                     cell = left.pop(0)
                     mine, theirs = context.Pipe(duplex=False)
-                    process = context.Process(target=_child, args=(theirs, cell, threads), daemon=True)
+                    process = context.Process(
+                        target=_child, args=(theirs, cell, threads, code_commit()), daemon=True
+                    )
                     process.start()
                     theirs.close()
-                    running[mine] = (cell, process)
-                for ready in wait(list(running)):
+                    running[mine] = (cell, process, time.monotonic())
+                for ready in wait(list(running), self._patience(running)):
                     assert isinstance(ready, Connection)
-                    cell, process = running[ready]
+                    cell, process, _ = running[ready]
                     try:
                         message = ready.recv()
                     except (EOFError, OSError):  # OSError: it was killed in the middle of a message
@@ -98,12 +110,23 @@ class Processes:
                     process.join()
                     del running[ready]
                     yield cell, message
+                for late in [c for c in running if self._patience({c: running[c]}) == 0]:
+                    cell, process, _ = running.pop(late)
+                    process.kill()
+                    process.join()
+                    yield cell, CellTimeout(f"it was not done after {self.timeout:g} s and was ended")
         finally:
-            for _, process in running.values():
+            for _, process, _ in running.values():
                 process.kill()
 
+    def _patience(self, running: Mapping[Connection, tuple[Cell, Any, float]]) -> float | None:
+        """Seconds until the first of these has had its time; None without a timeout."""
+        if self.timeout is None:
+            return None
+        return max(0.0, min(begun for *_, begun in running.values()) + self.timeout - time.monotonic())
 
-def _child(results: Connection, cell: Cell, threads: int) -> None:
+
+def _child(results: Connection, cell: Cell, threads: int, code: str | None) -> None:
     """Run a cell and send what came of it; end with the parent, also where that was killed."""
     import torch
 
@@ -116,6 +139,7 @@ def _child(results: Connection, cell: Cell, threads: int) -> None:
 
     threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
     torch.set_num_threads(threads)
+    inherit_code(code)
     try:
         result: Row | Exception = cell.run(lambda *stage: results.send(stage))
     except Exception as error:  # goes to the parent, which lists it

@@ -11,7 +11,7 @@ from typing import Any
 
 from .bootstrap import Interval
 from .plot import error_of
-from .plot_layers import by_layer
+from .plot_layers import by_layer, of_outputs
 from .record import Row
 
 PAGE = Path(__file__).parent / "page"
@@ -168,7 +168,7 @@ def _row(row: Row, figures: dict[str, Any], fields: Sequence[Field]) -> dict[str
         if not calibration
         else ", ".join(f"{k} {Path(str(v)).name}" for k, v in calibration.items()),
         "layers": None if not row.layers else list(by_layer(row.layers).items()),
-        "outputs": all(error.output_error is not None for error in row.layers or ()),
+        "outputs": of_outputs(row.layers or ()),
         "sums": None
         if row.sums is None
         else {"tokens": row.sums.tokens, "nll": row.sums.nll, "kl": row.sums.kl},

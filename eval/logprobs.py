@@ -31,6 +31,8 @@ from .model_info import ModelInfo
 from .scoring import Progress, Scores, _score
 
 PRECISION = "16-bit"
+# the note of a baseline whose model is not at hand
+FROM_FILE = "log-probabilities of a file"
 _MAGIC = b"_logits_"
 _CODES, _META = "codes.npy", "baseline.json"
 # llama.cpp keeps this many nats below the likeliest token
@@ -232,9 +234,7 @@ def read_kld(path: Path, bos_id: int | None = None) -> tuple[LogProbs, Windows]:
         part = decode_rows(np.array(rows[window * scored : (window + 1) * scored]), vocab)
         nll[window] = -part.gather(1, tokens[window, first[0] :, None]).double().sum()
     with path.open("rb") as file:
-        info = ModelInfo(
-            path.name, hashlib.file_digest(file, "sha256").hexdigest(), "log-probabilities of a file"
-        )
+        info = ModelInfo(path.name, hashlib.file_digest(file, "sha256").hexdigest(), FROM_FILE)
     return LogProbs(rows, vocab, _starts(windows), windows.sha256, nll, info), windows
 
 

@@ -7,6 +7,7 @@ disk; the two must agree to the byte.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,20 @@ def kv_cache_bytes(
     )
     item = (dtype or _dtype_of(model_config)).itemsize
     return 2 * model_config.num_hidden_layers * batch * model_config.num_key_value_heads * width * held * item
+
+
+def kv_cache_grid(
+    model_config: Any, contexts: Iterable[int], windows: Iterable[int | None]
+) -> list[dict[str, int | None]]:
+    """Bytes of the cache of one text of each context under each sliding window; None is the configuration's own."""
+    own, grid = model_config.sliding_window, list(windows)
+    out: list[dict[str, int | None]] = []
+    for context in contexts:
+        for window in grid:
+            like = copy.copy(model_config)
+            like.sliding_window = window if window is not None else own
+            out.append({"context": context, "window": window, "bytes": kv_cache_bytes(like, context)})
+    return out
 
 
 def loaded_bytes(model: nn.Module) -> int:

@@ -20,6 +20,8 @@ STYLES = {
 
 
 FRONT = "Pareto front"
+# a perplexity of so many times the least is a model that is lost: at its true height it would squeeze all others
+_LOST = 20.0
 # the names of more rows than this need a larger picture
 _MANY = 14
 
@@ -41,7 +43,8 @@ class Quantity:
         name: in the file's name. label: of the axis.
         value: of a row, None where it was not measured. bar: how far its error reaches down and up.
         less_is_better: decides the Pareto front.
-        reference: whether the source's height is a line, with a scale of per cent above it.
+        reference: whether the source's height is a line, with a scale of per cent above it, and what is far above all
+            stands at the upper edge with its figure beside it.
     """
 
     name: str
@@ -168,13 +171,16 @@ def kind_of(row: Row) -> str:
 
 def _draw(axes: Any, rows: Sequence[Row], source: Row | None, quantity: Quantity = PERPLEXITY) -> None:
     rows = [row for row in rows if quantity.value(row) is not None]
-    values = [_height(row, quantity) for row in rows]
-    if min(values) > 0 and max(values) > 4 * min(values):
-        axes.set_yscale("log")
-    if max(r.memory.bytes for r in rows) > 2.5 * min(r.memory.bytes for r in rows):
+    edge = _edge(rows, quantity)
+    heights = {row.key: min(_height(row, quantity), edge) for row in rows}
+    points = [(row.memory.bytes / 1e6, heights[row.key]) for row in rows]
+    x, y = ([point[i] for point in points] for i in (0, 1))
+    if max(x) > 2.5 * min(x):
         axes.set_xscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        _plain_ticks(axis)
+    if min(y) > 0 and max(y) > 4 * min(y):
+        axes.set_yscale("log")
+    _plain_ticks(axes.xaxis, x)
+    _plain_ticks(axes.yaxis, y)
     if source is not None and quantity.reference:
         height = _height(source, quantity)
         axes.axhline(height, color="#999999", linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
@@ -184,8 +190,8 @@ def _draw(axes: Any, rows: Sequence[Row], source: Row | None, quantity: Quantity
             continue
         axes.errorbar(
             [row.memory.bytes / 1e6 for row in chosen],
-            [_height(row, quantity) for row in chosen],
-            yerr=list(zip(*(quantity.bar(row, source) for row in chosen))),
+            [heights[row.key] for row in chosen],
+            yerr=list(zip(*(_bar(row, source, quantity, edge) for row in chosen))),
             linestyle="none",
             marker=marker,
             markersize=11 if kind == "source" else 6.5,
@@ -198,7 +204,6 @@ def _draw(axes: Any, rows: Sequence[Row], source: Row | None, quantity: Quantity
             label=label,
             zorder=3,
         )
-    points = [(row.memory.bytes / 1e6, _height(row, quantity)) for row in rows]
     best = [points[i] for i in front(points, quantity.less_is_better)]
     if len(best) > 1:
         axes.plot(*zip(*best), color="#bbbbbb", linewidth=1.2, zorder=2, label=FRONT)
@@ -208,7 +213,7 @@ def _draw(axes: Any, rows: Sequence[Row], source: Row | None, quantity: Quantity
     axes.set_xlabel("size of the checkpoint, MB (everything counted)")
     axes.set_ylabel(quantity.label)
     if source is not None and quantity.reference:
-        _percent_axis(axes, _height(source, quantity))
+        _percent_axis(axes, _height(source, quantity), y)
     axes.legend(frameon=False, loc="best", fontsize=9)
 
 
@@ -218,18 +223,31 @@ def _height(row: Row, quantity: Quantity) -> float:
     return value
 
 
-def _plain_ticks(axis: Any, form: str = "{:g}") -> None:
+def _edge(rows: Sequence[Row], quantity: Quantity) -> float:
+    """The height at which those stand that are far above the others; infinite where there are none."""
+    values = [_height(row, quantity) for row in rows]
+    near = [value for value in values if value <= _LOST * min(values)]
+    return 1.5 * max(near) if quantity.reference and len(near) < len(values) else float("inf")
+
+
+def _bar(row: Row, source: Row | None, quantity: Quantity, edge: float) -> tuple[float, float]:
+    return (0.0, 0.0) if _height(row, quantity) > edge else quantity.bar(row, source)
+
+
+def _plain_ticks(axis: Any, values: Sequence[float], form: str = "{:g}") -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     if axis.get_scale() in ("log", "functionlog"):
-        axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        # over many powers of ten fewer figures between them, or they run into one another
+        wide = max(values) > 300 * min(values)
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if wide else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axis.set_minor_locator(NullLocator())
         axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(lambda value, _: form.format(value)))
 
 
-def _percent_axis(axes: Any, reference: float) -> None:
-    """The same heights on the right, against the source: per cent above it, or as its multiple on a log scale."""
+def _percent_axis(axes: Any, reference: float, heights: Sequence[float]) -> None:
+    """The same ``heights`` on the right, against the source: per cent above it, or as its multiple on a log scale."""
     from matplotlib.ticker import FuncFormatter
 
     right = axes.secondary_yaxis(
@@ -237,7 +255,7 @@ def _percent_axis(axes: Any, reference: float) -> None:
     )
     if axes.get_yscale() == "log":
         # per cent above the source have no logarithm at the source
-        _plain_ticks(right.yaxis, "× {:g}")
+        _plain_ticks(right.yaxis, heights, "× {:g}")
     else:
         right.yaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{(ratio - 1) * 100:+.3g}%"))
     right.set_ylabel("against the source")
@@ -254,7 +272,9 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row], quantity: Quantity = PER
     rows = [row for row in rows if quantity.value(row) is not None]
     scale = figure.dpi / 72
     frame = _box(axes.get_window_extent(renderer))
-    points = [axes.transData.transform((row.memory.bytes / 1e6, _height(row, quantity))) for row in rows]
+    edge = _edge(rows, quantity)
+    heights = [min(_height(row, quantity), edge) for row in rows]
+    points = [axes.transData.transform((row.memory.bytes / 1e6, y)) for row, y in zip(rows, heights)]
     taken = [Box(x - 7 * scale, y - 7 * scale, x + 7 * scale, y + 7 * scale) for x, y in points]
     for container in axes.containers:
         for segment in (s for bars in container.lines[2] for s in bars.get_segments()):
@@ -271,8 +291,10 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row], quantity: Quantity = PER
     if legend is not None:
         taken.append(_box(legend.get_window_extent(renderer)))
     for row, (x, y) in zip(rows, points):
+        value = _height(row, quantity)
+        name = row.name if value <= edge else f"{row.name} ↑ {value:.2g}"
         text = axes.annotate(
-            row.name, (x, y), xycoords="figure pixels", fontsize=8.5, color=STYLES[kind_of(row)][0], zorder=4
+            name, (x, y), xycoords="figure pixels", fontsize=8.5, color=STYLES[kind_of(row)][0], zorder=4
         )
         size = text.get_window_extent(renderer)
         best, cost = None, float("inf")
@@ -284,10 +306,10 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row], quantity: Quantity = PER
         text.remove()
         assert best is not None
         box, distance = best
-        taken.append(box)
+        taken.append(Box(box.x0 - 3 * scale, box.y0, box.x1 + 3 * scale, box.y1))  # two names are two words
         inverse = axes.transData.inverted()
         axes.annotate(
-            row.name,
+            name,
             xy=inverse.transform((x, y)),
             xytext=inverse.transform((box.x0, (box.y0 + box.y1) / 2)),
             va="center",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,30 @@ _MOST = 8
 
 
 def by_layer(layers: Sequence[LayerError]) -> dict[int, float]:
-    """The layer's number -> the mean error of its modules: in their outputs where that is known, else in their weights.
+    """The layer's number -> the mean error of its modules, in their outputs or in their weights (:func:`of_outputs`).
 
     Modules that are in no layer (embedding, head) are left out.
     """
+    outputs = of_outputs(layers)
     found: dict[int, list[float]] = {}
+    for number, error in _in_layers(layers):
+        value = error.output_error if outputs else error.relative_error
+        if value is not None:
+            found.setdefault(number, []).append(value)
+    return {number: sum(values) / len(values) for number, values in sorted(found.items())}
+
+
+def of_outputs(layers: Sequence[LayerError]) -> bool:
+    """Whether the error in its outputs is known of every module in a layer: a mean of both kinds would mean nothing."""
+    known = [error.output_error is not None for _, error in _in_layers(layers)]
+    return bool(known) and all(known)
+
+
+def _in_layers(layers: Sequence[LayerError]) -> Iterator[tuple[int, LayerError]]:
     for error in layers:
         number = re.search(r"\.(\d+)\.", error.path)
-        value = error.output_error if error.output_error is not None else error.relative_error
-        if number is not None and value is not None:
-            found.setdefault(int(number[1]), []).append(value)
-    return {number: sum(values) / len(values) for number, values in sorted(found.items())}
+        if number is not None:
+            yield int(number[1]), error
 
 
 def plot_layers(rows: Sequence[Row], path: Path, title: str) -> list[Path]:
@@ -51,7 +64,7 @@ def plot_layers(rows: Sequence[Row], path: Path, title: str) -> list[Path]:
         axes = figure.add_subplot()
         for row in drawn:
             points = by_layer(row.layers or ())
-            known = all(e.output_error is not None for e in row.layers or ())
+            known = of_outputs(row.layers or ())
             line = "-" if known else (0, (4, 2))
             label = row.name if known else f"{row.name} (weights)"
             axes.plot(

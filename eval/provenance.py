@@ -18,6 +18,8 @@ import torch
 
 from ..kernels import native
 
+# the commit of this process's code, once it was asked for
+_code: list[str | None] = []
 _PACKAGES = ("brise", "torch", "transformers", "safetensors", "numpy", "triton", "datasets", "lm_eval")
 
 
@@ -31,8 +33,8 @@ class Provenance:
         device: the processor's or GPU's name as the system gives it.
         threads: of torch on the CPU.
         seed: of everything random in the measurement.
-        commit: of the checkout that holds the package, ``-dirty`` where tracked files differ (but for ``results``,
-            where rows are written); None elsewhere.
+        commit: of the checkout that holds the package when the measuring began (:func:`code_commit`), ``-dirty`` where
+            tracked files differed (but for ``results``, where rows are written); None elsewhere.
         command: as it was typed, or None where a program called the library.
         time: UTC, ISO 8601, to the second.
         batch: windows of a forward pass: sums come out otherwise, in their last bits, with others.
@@ -55,7 +57,7 @@ def collect(device: torch.device, seed: int, command: str | None = None, batch: 
         device=device_name(device),
         threads=torch.get_num_threads(),
         seed=seed,
-        commit=commit(),
+        commit=code_commit(),
         command=command,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         batch=batch,
@@ -88,6 +90,22 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def code_commit() -> str | None:
+    """The commit of this process's code: :func:`commit` as it was when this was first called.
+
+    What measures calls it before it begins, so that a row which comes hours later names the code that computed it,
+    whatever was committed meanwhile.
+    """
+    if not _code:
+        _code.append(commit())
+    return _code[0]
+
+
+def inherit_code(parent: str | None) -> None:
+    """In a process that runs what its parent had imported: its code is the parent's."""
+    _code[:] = [parent]
 
 
 def commit(root: Path | None = None) -> str | None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,10 @@ T = TypeVar("T")
 
 class RecordError(ValueError):
     """A line that is no row, or not one that this version reads."""
+
+
+class NotFiniteError(ValueError):
+    """A row with a figure that is infinite or no number, which JSON cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -213,9 +218,12 @@ def append_row(path: str | Path, row: Row, *, once: bool = False) -> bool:
         Whether the row was written.
 
     Raises:
-        ValueError: a figure that JSON cannot hold (infinite, or not a number).
+        NotFiniteError: a figure that JSON cannot hold.
     """
-    line = (json.dumps(row.to_dict(), allow_nan=False) + "\n").encode()
+    data = row.to_dict()
+    if wrong := next(_not_finite(data, ""), None):
+        raise NotFiniteError(f"{row.name} has no finite {wrong}: the row was not written")
+    line = (json.dumps(data, allow_nan=False) + "\n").encode()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -268,6 +276,15 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
         except (RecordError, AttributeError) as error:
             raise RecordError(f"{path}, line {number}: {error}") from error
     return rows, problems
+
+
+def _not_finite(value: Any, where: str) -> Iterator[str]:
+    """``name, got value`` of every figure that is infinite or no number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{where[1:]}, got {value}"
+    elif isinstance(value, Mapping | list):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _not_finite(item, f"{where}.{key}")
 
 
 def _found(config: Any, key: str) -> set[str]:

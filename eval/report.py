@@ -216,18 +216,35 @@ def notes(group: Group) -> Iterator[str]:
             '- "once" beside a calibration: all Hessians from one pass over the unquantized model, an approximation of '
             "the sequential GPTQ that stands beside it."
         )
-    where = first.provenance
     if p.speed is not None:
         yield (
             f"- Speed: prompt of {p.speed.prompt} tokens, then {p.speed.new_tokens} tokens, "
             f"batch {p.speed.batch}; median (20th to 80th percentile) of {p.speed.repeats} runs."
         )
-    threads = f", {where.threads} thread{'s' * (where.threads > 1)}" if p.device == "cpu" else ""
-    yield f"- Measured on {plain(where.device)}{threads}, torch {where.versions.get('torch', '?')}."
+    yield from _machines(group)
     yield (
         f"- Text sha256 `{p.text_sha256[:16]}`, windows `{p.tokens_sha256[:16]}`, "
         f"metrics version {first.metrics}."
     )
+
+
+def _machines(group: Group) -> Iterator[str]:
+    """Where the rows were measured: a line, or one for each machine, number of threads and version of torch."""
+    found: dict[str, list[str]] = {}
+    for row in group.rows:
+        where = row.provenance
+        cpu = row.protocol.device == "cpu"
+        threads = f", {where.threads} thread{'s' * (where.threads > 1)}" if cpu else ""
+        text = f"{plain(where.device)}{threads}, torch {where.versions.get('torch', '?')}"
+        found.setdefault(text, []).append(plain(row.name))
+    if len(found) == 1:
+        yield f"- Measured on {next(iter(found))}."
+        return
+    for text, names in found.items():
+        few = f" ({', '.join(names)})" if len(names) <= 3 else ""
+        yield f"- {len(names)} row{'s' * (len(names) > 1)} measured on {text}{few}."
+    if any(row.speed is not None or row.speeds for row in group.rows):
+        yield "- Compare no speeds, peaks of memory or times of making between these."
 
 
 def calibration(row: Row) -> str:

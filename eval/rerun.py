@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +13,17 @@ from typing import Any
 import torch
 
 from ..model.checkpoint import resolve_source
+from ..model.stream import quantize_checkpoint
 from ..quant.config import QuantConfig
+from .calibration import calibration_windows
 from .data import FREE, Bos
-from .evaluate import evaluate
+from .evaluate import baseline_of, measure_checkpoint
+from .logprobs import FROM_FILE
 from .model_info import model_info
 from .record import EXACT, ROWS, Row, read_rows
-from .sweep import run_sweep
+from .scoring import Predictions
+from .setting import Setting, make_setting
+from .surface import measure_surface
 
 Progress = Callable[[str, int, int], None]
 # of a divergence's details, what is no other figure already
@@ -62,7 +68,8 @@ class Rerun:
 
     Attributes:
         figures: of quality and of size; timings are never equal and are not among them.
-        changed: what is otherwise than it was then: versions, device, commit. None of it is an error.
+        changed: what is otherwise than it was then: the checkpoint's bytes, versions, device, commit. None of it is an
+            error.
     """
 
     before: Row
@@ -115,22 +122,21 @@ def rerun(
     command: str | None = None,
     progress: Progress | None = None,
 ) -> Rerun:
-    """Make the row's checkpoint again from ``model`` and measure it under the row's protocol.
+    """Make the row's checkpoint again from ``model`` and measure it under the row's protocol, window and cache.
 
     torch's threads are set to the row's for the while, as sums come out otherwise with others.
 
     Args:
-        model: the source that the row names, as a folder or hub name; its hash must be the row's.
+        model: what the row was compared with, or, where that was nothing, the row's own model, as a folder or hub
+            name; its hash must be the row's.
         text: where the row's text lies now, if it was a file.
         work: where the checkpoint is made; None is a folder that goes again.
 
     Raises:
         RerunError: another model or text than the row's, or a row that says too little to be repeated.
     """
-    if row.variant is not None or row.protocol.baseline != EXACT:
-        raise RerunError(
-            f"{row.name} was measured by a surface or against a kept baseline: repeat its command"
-        )
+    if row.baseline is not None and row.baseline.note == FROM_FILE:
+        raise RerunError(f"{row.name} was compared with the file {row.baseline.name}: repeat its command")
     source = resolve_source(model)
     info = model_info(source, str(model))
     wanted = row.baseline or row.model
@@ -138,29 +144,33 @@ def rerun(
         raise RerunError(
             f"expected the model {wanted.name} of sha256 {wanted.sha256[:12]}, {model} has {info.sha256[:12]}"
         )
-    config = _config(row)
+    is_itself = info.sha256 == row.model.sha256
+    config = None if is_itself else _config(row)
     how = _setting(row, text, cache_dir)
     threads = torch.get_num_threads()
     torch.set_num_threads(row.provenance.threads)
     try:
-        if config is None:
-            now = evaluate(
-                source, name=row.name, progress=progress, command=command, cache_dir=cache_dir, **how
-            )
-        else:
-            with TemporaryDirectory(prefix="brise-rerun-", dir=work) as folder:
-                result = run_sweep(
+        with TemporaryDirectory(prefix="brise-rerun-", dir=work) as folder:
+            place = Path(folder)
+            checkpoint = source if config is None else place / "checkpoint"
+            setting = make_setting(source, command=command, cache_dir=cache_dir, **how)
+            if config is not None:
+                ids = None
+                if config.needs_calibration:
+                    ids = calibration_windows(source, config.calibration, how.get("bos", "auto"), cache_dir)
+                quantize_checkpoint(
                     source,
-                    {row.name: config},
-                    folder,
+                    checkpoint,
+                    config,
+                    calibration=ids,
+                    hessians=place / "hessians",
                     progress=progress,
-                    command=command,
-                    cache_dir=cache_dir,
-                    **how,
                 )
-                if result.failures:
-                    raise RerunError(f"{result.failures[0]}") from result.failures[0].error
-                now = result.rows[-1]
+            against = None
+            if row.baseline is not None:
+                kept = None if row.protocol.baseline == EXACT else place / "baseline"
+                against = baseline_of(source, setting, kept, progress)
+            now = _measure(row, checkpoint, setting, against, progress)
     finally:
         torch.set_num_threads(threads)
     if now.protocol.tokens_sha256 != row.protocol.tokens_sha256:
@@ -168,9 +178,20 @@ def rerun(
     return Rerun(row, now, _figures(row, now), _changed(row, now))
 
 
-def _config(row: Row) -> QuantConfig | None:
+def _measure(
+    row: Row, checkpoint: Path, setting: Setting, against: Predictions | None, progress: Progress | None
+) -> Row:
+    if row.variant is None:
+        return measure_checkpoint(checkpoint, setting, against, name=row.name, progress=progress)
+    window, cache = row.variant.window, row.variant.cache
+    (now,) = measure_surface(checkpoint, setting, against, [window], [cache], progress=progress)
+    return dataclasses.replace(now, name=row.name)
+
+
+def _config(row: Row) -> QuantConfig:
+    """What the row's checkpoint was made with from its baseline."""
     if row.config is None:
-        return None
+        raise RerunError(f"{row.name} is no quantization of what it was compared with: repeat its command")
     if "rules" not in row.config:
         raise RerunError(
             f"{row.name} was made by another library: make its checkpoint again, and brise eval it"
@@ -210,6 +231,8 @@ def _figures(before: Row, now: Row) -> list[Figure]:
         }
         if d is not None and d.details is not None:
             found |= {label: getattr(d.details, name).value for name, label in _DETAILS.items()}
+        if row.variant is not None:
+            found["KV cache, bytes"] = float(row.variant.kv_bytes)
         if row.words is not None:
             found["perplexity by the word"] = row.words.value
         for name, score in (row.tasks or {}).items():
@@ -222,7 +245,8 @@ def _figures(before: Row, now: Row) -> list[Figure]:
 
 def _changed(before: Row, now: Row) -> list[str]:
     a, b = before.provenance, now.provenance
-    found = [
+    found = ["the checkpoint has other bytes"] if before.model.sha256 != now.model.sha256 else []
+    found += [
         f"{name} {a.versions.get(name, 'none')} then, {b.versions.get(name, 'none')} now"
         for name in sorted({*a.versions, *b.versions})
         if a.versions.get(name) != b.versions.get(name)

@@ -13,6 +13,7 @@ from ..model.checkpoint import load_tokenizer
 from ..model.foreign.reader import config_of
 from .data import FREE, Bos, Text, TextError, Windows, load_text, make_windows
 from .protocols import protocol_of, protocol_text, protocol_windows
+from .provenance import code_commit
 from .record import Protocol
 from .speed import SpeedProtocol
 from .tasks import TaskRequest
@@ -108,6 +109,7 @@ def make_setting(
         TaskError: no such task.
         ValueError: longer windows than the model has positions for.
     """
+    code_commit()  # for the rows to come: of the code that is at work now
     config = config_of(source)
     if dtype is None:
         name = config.get("dtype") or config.get("torch_dtype") or "float32"

@@ -23,7 +23,7 @@ from .data import Bos, Text, check_disjoint, load_text
 from .engines import Engine, Inline
 from .evaluate import row_key
 from .model_info import model_info
-from .record import ROWS, Row, append_row, read_rows
+from .record import ROWS, NotFiniteError, Row, append_row, read_rows
 from .setting import Setting, make_setting
 
 Progress = Callable[[str, int, int], None]
@@ -149,13 +149,16 @@ class _Run:
         """Run the cells, and write each row as it comes."""
         begin = time.monotonic()
         for number, (cell, result) in enumerate(self.engine.run(cells, self.progress), 1):
+            if not isinstance(result, Exception):
+                try:
+                    append_row(self.out / ROWS, result, once=True)
+                    self.rows[cell.name] = result
+                except NotFiniteError as error:  # measured, and no figure that a row can hold
+                    result = error
             if isinstance(result, Exception):
                 self.failures.append(Failure(cell.name, result))
                 # at once: the other cells may fail for the same reason, and take hours to do so
                 self.note(f"{cell.name} failed: {type(result).__name__}: {result}")
-            else:
-                self.rows[cell.name] = result
-                append_row(self.out / ROWS, result, once=True)
             self.progress("cells", number, len(cells))
             passed = time.monotonic() - begin
             self.note(how_far(number, len(cells), len(self.failures), passed, self.engine.width))

@@ -24,13 +24,15 @@
     );
   const kind = (row) => (row.algorithms.includes("gptq") ? "gptq" : row.algorithms.length === 1 ? row.algorithms[0] : "other");
   const number = (v, digits) => (Number(v.toFixed(digits)) < 0 ? "−" : "") + Math.abs(v).toFixed(digits);
-  const text = (cell, f) => (cell === null || cell === undefined ? "–" : number(cell[0], f.digits));
+  // of a large figure fewer digits behind the point: six in all tell any two rows apart
+  const places = (cell, f) => Math.max(0, Math.min(f.digits, 5 - Math.floor(Math.log10(Math.abs(cell[0]) || 1))));
+  const text = (cell, f) => (cell === null || cell === undefined ? "–" : number(cell[0], places(cell, f)));
   const signed = (v, digits) => (v > 0 ? "+" : "") + number(v, digits);
   function spread(cell, f) {
     if (!cell || cell[1] === null) return "";
     const below = cell[0] - cell[1], above = cell[2] - cell[0];
-    const even = Math.abs(below - above) <= 1e-9 * (Math.abs(cell[0]) + 1);
-    return even ? "± " + above.toFixed(f.digits) : number(cell[1], f.digits) + (cell[1] < 0 ? " to " : "–") + number(cell[2], f.digits);
+    const even = Math.abs(below - above) <= 1e-9 * (Math.abs(cell[0]) + 1), digits = places(cell, f);
+    return even ? "± " + above.toFixed(digits) : number(cell[1], digits) + (cell[1] < 0 ? " to " : "–") + number(cell[2], digits);
   }
   function element(tag, content, className) {
     const made = document.createElement(tag);
@@ -151,15 +153,32 @@
     };
   }
 
-  // round numbers for logarithmic axes, where plotly would write single digits
-  const TICKS = [];
-  for (let power = -8; power < 9; power++) for (const digit of [1, 1.5, 2, 3, 5, 7]) TICKS.push(Number(`${digit}e${power}`));
+  // round numbers for logarithmic axes, where plotly would write single digits; over many powers of ten fewer between
+  const TICKS = [1, 1.5, 2, 3, 5, 7].flatMap((digit) => [...Array(17).keys()].map((power) => Number(`${digit}e${power - 8}`)));
+  const ticks = (low, high) => (high > 300 * low ? TICKS.filter((v) => /^[125]/.test(v.toExponential()) && !/^1\.5/.test(v.toExponential())) : TICKS);
+  const tick = (v) => (v >= 1e6 ? v.toExponential().replace("e+", "e") : String(v));
   const values = (key) => rows().filter((row) => figure(row, key)).map((row) => figure(row, key)[0]);
+  // A perplexity of so many times the least is a model that is lost, and at its height would squeeze all others.
+  const LOST = 20;
+  function beyond(key) {
+    const found = values(key), near = found.filter((v) => v <= LOST * Math.min(...found));
+    return ["ppl", "word"].includes(key) && near.length < found.length ? 1.5 * Math.max(...near) : Infinity;
+  }
   function axisOf(key, checkbox) {
-    const title = { text: field(key).label };
+    const title = { text: field(key).label, standoff: 10 };
     checkbox.disabled = !values(key).every((v) => v > 0);
-    if (checkbox.disabled || !checkbox.checked) return { title, type: "linear" };
-    return { title, type: "log", tickmode: "array", tickvals: TICKS, ticktext: TICKS.map(String) };
+    const log = !checkbox.disabled && checkbox.checked, edge = beyond(key);
+    const low = Math.min(...values(key));
+    // no range asked for is plotly's own; a double click shows everything
+    const ends = log ? [Math.log10(low / 1.3), Math.log10(edge)] : [low - 0.05 * (edge - low), edge];
+    const range = edge === Infinity ? {} : { range: ends, autorange: false };
+    if (!log) return { title, type: "linear", ...range };
+    return { title, type: "log", tickmode: "array", tickvals: TICKS, ticktext: TICKS.map(tick), ...range };
+  }
+  function sayBeyond(x, y) {
+    const out = rows().filter((row) => [x, y].some((key) => figure(row, key) && figure(row, key)[0] > beyond(key)));
+    $("beyond").hidden = !out.length;
+    $("beyond").textContent = `Beyond the edge: ${out.map((row) => row.name).join(", ")}. A double click shows all.`;
   }
   // as the pictures of the report choose it
   function chooseLog(key, checkbox, ratio) {
@@ -192,7 +211,8 @@
     }
     const [xaxis, yaxis] = [axisOf(x, $("logx")), axisOf(y, $("logy"))];
     // a zoom stays while the axes do
-    const uirevision = [state.group, x, y, xaxis.type, yaxis.type].join();
+    const uirevision = [state.group, x, y, xaxis.type, yaxis.type, xaxis.range, yaxis.range].join();
+    sayBeyond(x, y);
     Plotly.react("scatter", traces, layout({ xaxis, yaxis, uirevision }), CONFIG).then(() => name(there, x, y, best));
   }
 
@@ -240,7 +260,9 @@
     const update = { annotations };
     for (const [key, axis] of [["xaxis", xaxis], ["yaxis", yaxis]]) {
       if (axis.type !== "log") continue;
-      const inside = TICKS.filter((v) => Math.log10(v) >= axis.range[0] && Math.log10(v) <= axis.range[1]).length;
+      const shown = ticks(10 ** axis.range[0], 10 ** axis.range[1]);
+      const inside = shown.filter((v) => Math.log10(v) >= axis.range[0] && Math.log10(v) <= axis.range[1]).length;
+      Object.assign(update, { [`${key}.tickvals`]: shown, [`${key}.ticktext`]: shown.map(tick) });
       update[`${key}.tickmode`] = inside > 1 ? "array" : "auto";
     }
     named = () => name(there, x, y, best);

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from brise.cli.main import app
+from brise.eval.sweep import SweepResult
 from brise.model.checkpoint import load_model, load_tokenizer
 from brise.quant.config import QuantConfig
 from brise.quant.presets import PRESETS
@@ -121,6 +122,10 @@ def test_inspect_counts_what_is_stored_and_predicts_it_beforehand(tiny_checkpoin
     }
     assert found["kv_cache"] == 2 * 2 * 2 * 16 * 1024 * 4  # K and V, layers, KV heads, width, tokens, fp32
     assert found["specs"] == {"nf4, group 64, double quantization, rtn": 16}
+    grid = run_json("inspect", tmp_path / "q", "--contexts", "16,64", "--sliding", "own,32")["kv_caches"]
+    assert [cell["bytes"] for cell in grid] == [n * predicted["kv_cache"] // 1024 for n in (16, 16, 64, 32)]
+    text = run("inspect", tmp_path / "q", "--contexts", "16,64", "--sliding", "own,32").stdout
+    assert "window own" in text and "window 32" in text
     text = run("inspect", tmp_path / "q", "--length", "2048", "--modules").stdout
     assert "KV cache of 2048 tokens" in text and "model.layers.1.mlp.down_proj.scales_absmax" in text
 
@@ -274,3 +279,17 @@ def test_bench_gpu_without_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "sees no CUDA device" in run("bench", "gpu", code=1).stderr
     assert "brise bench compile" in run_json("bench", "gpu", code=1)["error"]
+
+
+def test_a_time_limit_is_in_minutes_and_takes_processes(tiny_checkpoint, tmp_path, monkeypatch):
+    found = []
+
+    def run_sweep(*_, engine=None, **__):
+        found.append(engine)
+        return SweepResult([], [], [], [])
+
+    monkeypatch.setattr("brise.eval.sweep.run_sweep", run_sweep)
+    for more in ([], ["--timeout", "1.5"], ["--timeout", "2", "--jobs", "3"]):
+        run("sweep", "--model", tiny_checkpoint, "--configs", "nf4", "--out", tmp_path, "--no-report", *more)
+    assert found[0] is None
+    assert [(engine.width, engine.timeout) for engine in found[1:]] == [(1, 90), (3, 120)]

@@ -1,6 +1,8 @@
 """What is said of a calibration set and its Hessians, against numpy; and the benchmark of one pass."""
 
+import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from typer.testing import CliRunner
 from brise.cli.main import app
 from brise.eval.bench_calibrate import bench_calibrate, ten_specs
 from brise.eval.calibration import calibration_windows, describe_hessian, report_calibration
+from brise.eval.data import load_text
+from brise.model.checkpoint import load_tokenizer
 from brise.quant.config import Calibration, QuantSpec
 from brise.quant.gptq import GPTQOptions
 
@@ -35,18 +39,34 @@ def test_a_hessian_is_described_as_numpy_would():
 
 def test_the_report_of_a_set(tiny_checkpoint, tiny_text, tmp_path):
     calibration = Calibration(text=f"{tiny_text}#calibration", windows=5, length=32)
-    report = report_calibration(tiny_checkpoint, calibration, tmp_path)
+    options = GPTQOptions(damp=0.03)
+    report = report_calibration(tiny_checkpoint, calibration, tmp_path, options=options)
     ids = calibration_windows(tiny_checkpoint, calibration)
     assert (report.windows, report.length, report.tokens) == (5, 32, 160)
     assert report.distinct == len(set(ids.flatten().tolist())) and report.padding == report.bos == 0
     assert [len(h.modules) for h in report.hessians] == [3, 1, 2, 1] * 2 + [1]
     assert [h.width for h in report.hessians] == [64, 64, 64, 128] * 2 + [64]
-    assert all(1 <= h.rank <= h.width and h.damping == 0.01 for h in report.hessians)
+    assert all(1 <= h.rank <= h.width and h.damping == 0.03 for h in report.hessians)
+    assert report.text_sha256 == load_text(calibration.text).sha256
+    assert report.ids_sha256 == hashlib.sha256(np.array(ids.tolist(), "<i8").tobytes()).hexdigest()
     drawn = calibration_windows(
         tiny_checkpoint, Calibration(text=calibration.text, windows=5, length=32, seed=1)
     )
     assert not torch.equal(drawn, ids)
     assert report_calibration(tiny_checkpoint, calibration, None).hessians == []
+
+
+def test_padding_and_bos_are_counted_where_they_stand(tiny_checkpoint, tiny_text, tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny_checkpoint, folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.bos_token, tokenizer.pad_token = "i", "w"  # letters that the text has too
+    tokenizer.save_pretrained(folder)
+    calibration = Calibration(text=f"{tiny_text}#calibration", windows=4, length=64)
+    ids = calibration_windows(folder, calibration, "always").tolist()
+    report = report_calibration(folder, calibration, None, bos="always")
+    assert report.bos == 4 < sum(row.count(tokenizer.bos_token_id) for row in ids)
+    assert report.padding == sum(row.count(tokenizer.pad_token_id) for row in ids) > 0
 
 
 def test_the_benchmark_times_both_ways(tiny_checkpoint, tiny_text):

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
-from brise.eval.engines import CellDied
+from brise.eval import provenance
+from brise.eval.engines import CellDied, CellTimeout, Inline
 from brise.eval.record import read_rows
 from brise.eval.sweep import run_sweep
 from brise.quant.config import ConfigError, QuantConfig, QuantSpec, Rule
@@ -68,9 +70,7 @@ class StandIn:
         return [{"Alive": alive, "Resources": resources} for alive, resources in self.machines]
 
     def remote(self, function):
-        return SimpleNamespace(
-            options=lambda **_: SimpleNamespace(remote=lambda cell, threads: f"of {cell.out}")
-        )
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda cell, *_: f"of {cell.out}"))
 
     def wait(self, waiting, num_returns, timeout):
         self.machines = self.machines[1:]  # one after the other goes
@@ -88,7 +88,7 @@ def test_cells_that_no_machine_is_left_for_do_not_wait_for_ever(monkeypatch):
     engine = object.__new__(engine_ray.OnRay)
     # a machine that has gone stays on Ray's list
     engine.ray = StandIn([(True, {"CPU": 4.0}), (True, {"CPU": 1.0})] + [(False, {"CPU": 4.0})] * 50)
-    engine.wanted, engine.retries = {"CPU": 1, "GPU": 0}, 3
+    engine.wanted, engine.retries, engine.timeout = {"CPU": 1, "GPU": 0}, 3, None
     cells = [Doomed(Path(name), 0) for name in "ab"]
     results = list(engine.run(cells, lambda *_: None))
     assert [cell for cell, _ in results] == cells
@@ -115,8 +115,26 @@ def test_how_many_cells_fit_on_a_machine(machine, wanted, cells):
     assert _fits(machine, wanted) == cells
 
 
+def hung(model, settings, out, address):
+    """What comes of a cell whose lock another holds, with a time limit."""
+    from brise.eval.engine_ray import OnRay
+
+    class Keep(Inline):
+        def run(self, cells, progress):
+            found.extend(cells)
+            return iter(())
+
+    found = []
+    run_sweep(model, {}, out, engine=Keep(), **settings)
+    found[0].marker.parent.mkdir(parents=True)
+    with FileLock(found[0].marker.with_suffix(".lock")):
+        return list(OnRay(address, retries=1, timeout=1.5).run(found, lambda *_: None))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: brise[ray]")
-def test_a_ray_cluster_of_two_workers_one_of_which_is_killed(here, tiny_checkpoint, settings, tmp_path):
+def test_a_ray_cluster_of_two_workers_one_of_which_is_killed(
+    here, tiny_checkpoint, settings, tmp_path, monkeypatch
+):
     import ray
     from ray.cluster_utils import Cluster
 
@@ -139,6 +157,7 @@ def test_a_ray_cluster_of_two_workers_one_of_which_is_killed(here, tiny_checkpoi
         configs = {**CONFIGS, "broken": rules(format="int4", group_size=48)}
         configs |= {f"g{g}": rules(format="int4", group_size=g) for g in (16, 32, 64)}
         seen = []
+        monkeypatch.setattr(provenance, "_code", ["the driver's, on another machine perhaps"])
 
         def note(text):
             seen.append(text)
@@ -151,6 +170,7 @@ def test_a_ray_cluster_of_two_workers_one_of_which_is_killed(here, tiny_checkpoi
         assert isinstance(result.failures[0].error, ConfigError)
         rows, _ = read_rows(tmp_path / "runs.jsonl")
         assert sorted(row.name for row in rows) == ["g16", "g32", "g64", "int8", "nf4", "source"]
+        assert {row.provenance.commit for row in rows} == {provenance.commit()}  # the workers' own
         wanted = figures(here)
         assert {name: value for name, value in figures(rows).items() if name in wanted} == wanted
         for deaths, retries in ((2, 2), (2, 1)):
@@ -158,6 +178,8 @@ def test_a_ray_cluster_of_two_workers_one_of_which_is_killed(here, tiny_checkpoi
             ((_, result),) = OnRay(cluster.address, retries=retries).run([cell], lambda *_: None)
             assert len(cell.out.read_text()) == min(deaths, retries + 1) + (deaths <= retries)
             assert isinstance(result, CellDied if deaths > retries else ValueError), result
+        ((cell, result),) = hung(tiny_checkpoint, settings, tmp_path / "hung", cluster.address)
+        assert isinstance(result, CellTimeout) and "not done after 1.5 s" in str(result)
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -187,9 +209,9 @@ def test_the_items_of_a_cell_come_back_from_a_machine_that_shares_no_disk(tmp_pa
         get = staticmethod(lambda reference: reference.value)
 
         def remote(self, function):
-            def call(cell, threads):
+            def call(cell, *rest):
                 cell.out = there
-                value = function(cell, threads)
+                value = function(cell, *rest)
                 cell.out = here
                 return Reference(value)
 
@@ -200,7 +222,7 @@ def test_the_items_of_a_cell_come_back_from_a_machine_that_shares_no_disk(tmp_pa
             self.value = value
 
     engine = object.__new__(OnRay)
-    engine.ray, engine.wanted = Ray(), {"CPU": 1, "GPU": 0}
+    engine.ray, engine.wanted, engine.timeout = Ray(), {"CPU": 1, "GPU": 0}, None
     cell = Cell()
     assert list(engine.run([cell], lambda *_: None)) == [(cell, row)]
     assert read_items(here, key, "arc:2", "acc") == {"0:a": True, "1:b": False}

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
 from brise.eval import cells as cells_module
-from brise.eval import engines
-from brise.eval.engines import CellDied, Inline, Processes, portable
+from brise.eval import engines, provenance
+from brise.eval.engines import CellDied, CellTimeout, Inline, Processes, portable
 from brise.eval.record import read_rows
 from brise.eval.speed import SpeedProtocol
 from brise.eval.sweep import how_far, run_sweep
@@ -45,19 +46,21 @@ def here(tiny_checkpoint, settings, tmp_path_factory):
     return run_sweep(tiny_checkpoint, CONFIGS, out, **settings).rows
 
 
-def test_processes_give_the_figures_of_this_one(here, tiny_checkpoint, settings, tmp_path):
+def test_processes_give_the_figures_of_this_one(here, tiny_checkpoint, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "_code", ["what this process began with"])
     notes, seen = [], []
     configs = {**CONFIGS, "broken": rules(format="int4", group_size=48)}
     result = run_sweep(
         tiny_checkpoint,
         configs,
         tmp_path,
-        engine=Processes(2, threads=1),
+        engine=Processes(2, threads=1, timeout=900),
         note=notes.append,
         progress=lambda *s: seen.append(s),
         **settings,
     )
     assert figures(result.rows) == figures(here)
+    assert {row.provenance.commit for row in result.rows} == {"what this process began with"}
     assert [f.name for f in result.failures] == ["broken"] and isinstance(
         result.failures[0].error, ConfigError
     )
@@ -83,6 +86,32 @@ def test_a_process_that_is_killed_is_a_failing_cell(here, tiny_checkpoint, setti
     assert isinstance(result.failures[0].error, CellDied) and "exit code -9" in str(result.failures[0])
     result = run_sweep(tiny_checkpoint, CONFIGS, tmp_path, **settings)
     assert figures(result.rows) == figures(here) and result.skipped == ["source", "nf4"]
+
+
+class Keep(Inline):
+    """Takes note of the cells, and runs none."""
+
+    def __init__(self):
+        self.cells = []
+
+    def run(self, cells, progress):
+        self.cells += cells
+        return iter(())
+
+
+def test_a_cell_that_hangs_is_ended_and_the_next_begun(tiny_checkpoint, settings, tmp_path):
+    keep = Keep()
+    run_sweep(tiny_checkpoint, {}, tmp_path, engine=keep, **settings)
+    (cell,) = keep.cells
+    cell.marker.parent.mkdir(parents=True)
+    with FileLock(cell.marker.with_suffix(".lock")):  # so it waits for ever
+        begin = time.monotonic()
+        results = list(Processes(1, threads=1, timeout=1.5).run([cell, cell], lambda *_: None))
+        assert time.monotonic() - begin >= 3  # each has its own time
+    assert [type(result) for _, result in results] == [CellTimeout] * 2
+    assert "not done after 1.5 s" in str(results[0][1]) and not multiprocessing.active_children()
+    with pytest.raises(ValueError, match="above 0 seconds"):
+        Processes(1, timeout=0)
 
 
 def test_speeds_of_cells_beside_each_other_are_said_to_be_worth_nothing(tiny_checkpoint, settings, tmp_path):
@@ -208,7 +237,7 @@ def test_a_process_that_is_killed_in_the_middle_of_its_row_is_a_failing_cell(mon
         Process=lambda **_: Process(),
     )
     monkeypatch.setattr(engines.multiprocessing, "get_context", lambda kind: context)
-    monkeypatch.setattr(engines, "wait", lambda connections: connections)
+    monkeypatch.setattr(engines, "wait", lambda connections, timeout: connections)
     monkeypatch.setattr(engines, "Connection", Torn)
     cell = SimpleNamespace(name="a")
     ((found, error),) = Processes(1, threads=1).run([cell], lambda *_: None)

@@ -13,6 +13,7 @@ from brise.eval.memory import (
     gpu_peak,
     human_bytes,
     kv_cache_bytes,
+    kv_cache_grid,
     ledger_of_checkpoint,
     loaded_bytes,
     predict_ledger,
@@ -116,6 +117,7 @@ def test_prediction_and_files_agree(tied, tmp_path):
     predicted = predict_ledger(model_config, None)
     check_ledger(predicted, found)
     assert found.nbytes == predicted.nbytes and found.parameters == predicted.parameters
+    assert [entry.name for entry in found.entries] == [entry.name for entry in predicted.entries]
     model.save_pretrained(tmp_path / "shards", max_shard_size="30kB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     check_ledger(predicted, ledger_of_checkpoint(tmp_path / "shards"))
@@ -171,11 +173,39 @@ def test_the_kv_cache_against_a_real_one(window, dtype):
     assert kv_cache_bytes(model_config, 5) == 2 * 2 * 2 * 16 * 5 * 2
 
 
+def test_the_kv_cache_against_context_and_window():
+    model_config = config(sliding_window=8)
+    token = 2 * 2 * 2 * 16 * 2
+    grid = kv_cache_grid(model_config, [4, 20], [None, 6, 100])
+    assert [(cell["context"], cell["window"], cell["bytes"] // token) for cell in grid] == [
+        (4, None, 4),
+        (4, 6, 4),
+        (4, 100, 4),
+        (20, None, 8),
+        (20, 6, 6),
+        (20, 100, 20),
+    ]
+    assert model_config.sliding_window == 8
+
+
 def test_loaded_bytes_counts_a_tied_weight_once():
     tied, untied = (MistralForCausalLM(config(tie_word_embeddings=t)).float() for t in (True, False))
     buffers = sum(b.nbytes for b in tied.buffers())
     assert loaded_bytes(tied) == 4 * PARAMETERS + buffers
     assert loaded_bytes(untied) == 4 * (PARAMETERS + 6400) + buffers
+    one, other = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+    other.weight = torch.nn.Parameter(one.weight.data)  # another parameter, the same memory
+    assert loaded_bytes(torch.nn.Sequential(one, other)) == 4 * 16
+
+
+def test_on_a_gpu_the_peak_is_torchs_own(monkeypatch):
+    begun = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: begun.append(True))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 77)
+    reset_peak()
+    assert begun == [True] and gpu_peak(torch.device("cuda")) == 77
 
 
 def test_the_process_peak_follows_what_was_held():
@@ -187,6 +217,7 @@ def test_the_process_peak_follows_what_was_held():
     del block
     after = process_peak()
     assert after is not None and 100e6 < after - before < 150e6
+    assert before % 4096 == after % 4096 == 0  # whole pages
     assert reset_peak() and (process_peak() or after) < after - 80e6
     assert gpu_peak(torch.device("cpu")) is None
 

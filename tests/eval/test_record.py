@@ -1,21 +1,34 @@
 """Rows: written whole or not at all, read strictly; and where they say they come from."""
 
 import dataclasses
+import fcntl
 import json
+import math
 import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from brise.eval import provenance
+from brise.eval.compare import WindowSums
 from brise.eval.divergence import Divergence
 from brise.eval.model_info import ModelInfo, model_info
 from brise.eval.perplexity import Perplexity, Relative
 from brise.eval.provenance import Provenance, collect, commit, model_hash
-from brise.eval.record import METRICS_VERSION, Memory, Protocol, RecordError, Row, append_row, read_rows
+from brise.eval.record import (
+    METRICS_VERSION,
+    Memory,
+    NotFiniteError,
+    Protocol,
+    RecordError,
+    Row,
+    append_row,
+    read_rows,
+)
 from brise.eval.speed import Rate, Speed, SpeedProtocol
 
 
@@ -143,14 +156,16 @@ def test_figures_that_json_cannot_hold_are_not_written(tmp_path):
     path = tmp_path / "runs.jsonl"
     append_row(path, make_row("a"))
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(NotFiniteError, match=r"int4 has no finite relative\.value, got nan"):
         append_row(path, make_row("b", relative=Relative(float("nan"), None)))
+    with pytest.raises(NotFiniteError, match=r"no finite sums\.nll\.1, got inf"):
+        append_row(path, make_row("b", sums=WindowSums([1, 1], [1.0, math.inf], None)))
     assert path.read_bytes() == before
 
 
-def append_many(path, name):
+def append_many(path, name, once=False):
     for i in range(25):
-        append_row(path, make_row(f"{name}{i}"))
+        append_row(path, make_row(f"{name}{i}"), once=once)
 
 
 def test_rows_of_several_processes_do_not_mix(tmp_path):
@@ -166,6 +181,33 @@ def test_rows_of_several_processes_do_not_mix(tmp_path):
     assert not problems and {row.key for row in rows} == {f"{n}{i}" for n in "abc" for i in range(25)}
 
 
+def test_whoever_writes_has_the_file_alone(tmp_path):
+    """Another may be cutting off a torn line, or looking whether the row is there."""
+    path = tmp_path / "runs.jsonl"
+    append_row(path, make_row("a"))
+    writer = threading.Thread(target=append_row, args=(path, make_row("b")))
+    with path.open("r+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive() and len(read_rows(path)[0]) == 1
+    writer.join(60)
+    assert [row.key for row in read_rows(path)[0]] == ["a", "b"]
+
+
+def test_of_processes_with_the_same_rows_each_is_written_once(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=append_many, args=(path, "same", True)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    rows, problems = read_rows(path)
+    assert not problems and [row.key for row in rows] == [f"same{i}" for i in range(25)]
+
+
 def test_algorithms_and_source():
     assert make_row().algorithms == {"gptq"} and not make_row().is_source
     source = make_row(config=None, baseline=None)
@@ -179,10 +221,10 @@ def test_algorithms_and_source():
 
 
 def test_provenance_of_here_and_now():
-    got = collect(torch.device("cpu"), seed=3, command="brise eval x")
+    got = collect(torch.device("cpu"), seed=3, command="brise eval x", batch=5)
     assert got.versions["torch"] == torch.__version__ and got.versions["python"] == sys.version.split()[0]
     assert (got.seed, got.command, got.threads) == (3, "brise eval x", torch.get_num_threads())
-    assert got.device and got.time.endswith("+00:00")
+    assert got.batch == 5 and got.device and got.time.endswith("+00:00")
     assert "brise" in got.versions
 
 
@@ -211,6 +253,16 @@ def test_the_commit_says_whether_files_differ(tmp_path):
     assert commit(tmp_path / "file") is None  # inside a checkout, but not its top
 
 
+def test_the_commit_is_that_of_when_the_measuring_began(monkeypatch):
+    """Who commits while a sweep runs changes no line of the code that it runs."""
+    commits = iter(["first", "second"])
+    monkeypatch.setattr(provenance, "_code", [])
+    monkeypatch.setattr(provenance, "commit", lambda: next(commits))
+    assert [provenance.code_commit(), collect(torch.device("cpu"), 0).commit] == ["first", "first"]
+    provenance.inherit_code(None)  # a parent that is in no checkout: none is looked for
+    assert collect(torch.device("cpu"), 0).commit is None
+
+
 def test_the_command_names_no_folder_of_the_program(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/opt/env/bin/brise", "eval", "my model"])
     assert provenance.command_line() == "brise eval 'my model'"
@@ -235,6 +287,23 @@ def test_the_hash_is_of_the_model_and_of_nothing_else(tmp_path):
     (others[2] / "second.safetensors").write_bytes(b"")
     assert model_hash(one) == model_hash(same)
     assert len({model_hash(folder) for folder in [one, *others]}) == 4
+
+
+def test_a_hash_of_files_is_of_names_and_contents_in_any_order(tmp_path):
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (tmp_path / name for name in "abc")
+    hashes = [provenance.hash_files(files) for files in ([a], [b], [c], [a, c], [b, c], [])]
+    assert len(set(hashes)) == 6 and provenance.hash_files([c, a]) == hashes[3]
+    assert model_hash(a) == hashes[0]  # a model of one file
+
+
+def test_the_compiled_products_are_a_version(monkeypatch):
+    monkeypatch.setattr(provenance.native, "processor", lambda: "a processor's kind")
+    monkeypatch.setattr(provenance.native, "active", lambda: object())
+    assert provenance.versions()["native"] == "a processor's kind"
+    monkeypatch.setattr(provenance.native, "active", lambda: None)
+    assert "native" not in provenance.versions()
 
 
 def test_names_carry_no_path(tmp_path):

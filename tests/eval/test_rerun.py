@@ -11,10 +11,13 @@ from typer.testing import CliRunner
 from brise.cli.main import app
 from brise.eval.bootstrap import Interval
 from brise.eval.compare import compare_sums
-from brise.eval.evaluate import evaluate
+from brise.eval.evaluate import baseline_of, evaluate
+from brise.eval.logprobs import FROM_FILE
 from brise.eval.protocols import PROTOCOLS, NamedProtocol
 from brise.eval.record import append_row, read_rows
 from brise.eval.rerun import RerunError, find_row, rerun
+from brise.eval.setting import make_setting
+from brise.eval.surface import measure_surface
 from brise.eval.sweep import run_sweep
 from brise.eval.tasks import Item, TaskScore, write_items
 from brise.model.checkpoint import load_tokenizer
@@ -46,6 +49,29 @@ def test_a_row_is_repeated_to_the_bit(swept, tiny_checkpoint):
         assert found.agrees, found.in_words()
         assert found.now.perplexity == found.before.perplexity and found.now.sums == found.before.sums
         assert found.in_words() == f"All {figures} figures of {name} agree to the bit."
+
+
+def test_every_kind_of_row_is_repeated(swept, tiny_checkpoint, tiny_text, tmp_path):
+    """Of a surface, against a kept baseline, of a quantized model by itself, and of a model against itself."""
+    how = {"text": f"{tiny_text}#evaluation", "windows": 3, "length": 32}
+    setting = make_setting(tiny_checkpoint, **how)
+    made = swept / "gptq"
+    rows = measure_surface(made, setting, baseline_of(tiny_checkpoint, setting), [None, 8], ["model", "int4"])
+    rows.append(evaluate(made, baseline=tiny_checkpoint, baseline_cache=tmp_path / "kept", **how))
+    rows.append(evaluate(tiny_checkpoint, baseline=tiny_checkpoint, **how))
+    for row in rows:
+        found = rerun(row, tiny_checkpoint)
+        assert found.agrees and not found.changed, found.in_words()
+        now = found.now
+        assert (now.key, now.variant, now.model.sha256) == (row.key, row.variant, row.model.sha256)
+        assert now.protocol == row.protocol and now.sums == row.sums
+    assert len({row.perplexity.value for row in rows}) == 5 and rows[-2].protocol.baseline == "16-bit"
+    wider = dataclasses.replace(rows[1], variant=dataclasses.replace(rows[1].variant, kv_bytes=1))
+    assert [f.name for f in rerun(wider, tiny_checkpoint).figures if not f.equal] == ["KV cache, bytes"]
+    row = evaluate(made, **how)
+    assert rerun(row, made).agrees
+    with pytest.raises(RerunError, match="expected the model gptq of sha256"):
+        rerun(row, tiny_checkpoint)
 
 
 def test_a_row_is_repeated_in_its_batches(tiny_checkpoint, tiny_text):
@@ -117,6 +143,13 @@ def test_what_cannot_be_repeated(swept, tiny_checkpoint, made, tmp_path, tiny_te
     text.write_text(tiny_text.read_text().replace("wind", "rain"))
     with pytest.raises(RerunError, match="gives other tokens"):
         rerun(row, tiny_checkpoint, text=f"{text}#evaluation")
+    source = find_row(swept, "source")
+    other = dataclasses.replace(source, model=dataclasses.replace(row.model, name="tuned"), name="tuned")
+    with pytest.raises(RerunError, match="tuned is no quantization of what it was compared with"):
+        rerun(dataclasses.replace(other, baseline=source.model), tiny_checkpoint)
+    of_file = dataclasses.replace(row.baseline, name="base.kld", note=FROM_FILE)
+    with pytest.raises(RerunError, match=r"compared with the file base\.kld: repeat its command"):
+        rerun(dataclasses.replace(row, baseline=of_file), tiny_checkpoint)
     with pytest.raises(RerunError, match="made by another library"):
         rerun(dataclasses.replace(row, config={"bits": 4}), tiny_checkpoint)
     append_row(tmp_path / "runs.jsonl", row)

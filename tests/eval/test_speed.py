@@ -109,6 +109,57 @@ def test_a_grid_of_speeds_says_what_a_step_must_read(tiny_checkpoint):
         assert point.bandwidth == pytest.approx(point.bytes_a_step * point.decode.median / point.batch)
 
 
+def test_an_embedding_that_is_no_head_is_not_read():
+    from brise.eval.memory import kv_cache_bytes
+    from brise.eval.speed import measure_speeds
+
+    model = tiny().to(torch.bfloat16)  # untied
+    (point,) = measure_speeds(model, (2,), (4,), SpeedProtocol(new_tokens=4, warmup=0, repeats=1))
+    names = dict(model.named_parameters())
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(names)
+    read = sum(p.nbytes for name, p in names.items() if "embed_tokens" not in name)
+    read += sum(b.nbytes for b in model.buffers())
+    # keys and values in the model's precision; over four steps the cache holds 6 tokens on the average
+    assert point.bytes_a_step == read + kv_cache_bytes(model.config, 6, batch=2, dtype=torch.bfloat16)
+
+
+def test_on_a_gpu_the_clock_waits(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    assert speed._now(torch.device("cuda")) > 0 and waited == [torch.device("cuda")]
+
+
+def test_each_peak_is_of_its_phase_alone(monkeypatch):
+    """Memory that grows by 1000 a token of a prompt and by 10 a step, and was far higher before."""
+    from brise.eval import memory_peaks
+
+    peak, steps = [10**6], []
+
+    def reset():
+        peak[0] = 0
+        return True
+
+    monkeypatch.setattr(memory_peaks, "process_peak", lambda: peak[0])
+    monkeypatch.setattr(memory_peaks, "reset_peak", reset)
+    plain = MistralForCausalLM.forward
+
+    def forward(self, input_ids, **kwargs):
+        steps.append(tuple(input_ids.shape))
+        prompt = input_ids.shape[1] > 1
+        peak[0] = max(peak[0], 1000 * input_ids.shape[1] if prompt else 10 * (len(steps) - 1))
+        return plain(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(MistralForCausalLM, "forward", forward)
+    found = memory_peaks.measure_peaks(tiny(), 5, 20, 4)
+    assert found == memory_peaks.Peaks(5, 20_000, 40, 20, 4)
+    assert steps == [(1, 20)] + [(1, 1)] * 4
+    monkeypatch.setattr(memory_peaks, "reset_peak", lambda: False)
+    assert memory_peaks.measure_peaks(tiny(), 5, 20, 4) == memory_peaks.Peaks(None, None, None, 20, 4)
+    monkeypatch.setattr(memory_peaks, "gpu_peak", lambda device: 7)
+    assert memory_peaks.current_peak(torch.device("cuda")) == 7
+    assert memory_peaks.current_peak(torch.device("cpu")) == peak[0] != 7
+
+
 def test_peaks_are_of_their_phase(tiny_checkpoint):
     from brise.eval.memory_peaks import measure_peaks
     from brise.model.checkpoint import load_model

