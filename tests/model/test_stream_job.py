@@ -340,9 +340,11 @@ def test_the_commands_options_reach_the_job(tiny_checkpoint, tmp_path, monkeypat
     }
 
 
-@pytest.mark.parametrize("torn", [lambda text: text[:-20], lambda text: text[:-9] + b"0" * 8 + b"\n"])
+@pytest.mark.parametrize(
+    "torn", [lambda text: text[:-20], lambda text: text[:-9] + b"0" * 8 + b"\n", lambda text: text[:-1]]
+)
 def test_a_torn_journal_loses_its_last_line_only(tiny_checkpoint, tmp_path, monkeypatch, torn):
-    """A line that is cut short, and one of which a part never reached the disk."""
+    """A line that is cut short, by its end alone too, and one of which a part never reached the disk."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         fail_at(patch, 3, OSError(errno.EIO, "planted"))
