@@ -14,6 +14,7 @@ from ..model.skeleton import check_depth, check_tensors, empty_model
 from ..model.source import Source
 from ..model.walk import STAGES
 from ..quant.apply import Target, find_targets, resolve
+from ..quant.calibrate import MIRROR, ROWS
 from ..quant.config import ConfigError, QuantConfig, QuantSpec
 from .memory import Ledger, kv_cache_bytes, ledger_of_tensors
 
@@ -156,23 +157,39 @@ def peak_bytes(layout: Layout, config: QuantConfig, specs: dict[str, QuantSpec],
     kept = 0 if memory == "file" else 4 * tokens * max(c.intermediate_size, c.hidden_size)
     constant = _BASE + activation_bytes(layout, config, memory) + 2 * largest
     worst = 0
-    block = layout.steps[1]
-    for number, names in enumerate(STAGES):
-        members = [f"{block.name}.{name}" for name in names]
-        rows = sum(layout.targets[path].shape[0] for path in members)
-        width = layout.targets[members[0]].shape[1]
-        before = []
-        if number in (1, 3):
-            before = [layout.targets[f"{block.name}.{name}"].shape for name in STAGES[number - 1]]
-        square, weights = 4 * width * width, 4 * rows * width
-        earlier = sum(4 * n * k for n, k in before)
-        gather = streams * (square + weights + earlier)
-        # the factor in fp64 and what it becomes in fp32; then the weights in every shape that the solver needs
-        factor = square + 3 * square + weights * (2 if len(members) > 1 else 1)
-        solve = square + square + weights * (4 if len(members) > 1 else 3) + rows * width
-        matched = (2 + 2) * square + 2 * weights if streams == 2 else 0
-        worst = max(worst, (kept if number in (1, 3) else 0) + max(gather, factor, solve, matched))
+    for number, most in enumerate(stage_bytes(layout, streams)):
+        worst = max(worst, (kept if number in (1, 3) else 0) + most)
     return max(rounding, constant + worst)
+
+
+def stage_bytes(layout: Layout, streams: int) -> list[int]:
+    """Of each of a block's stages the most that its weights and Hessians take while it is gathered and solved.
+
+    Args:
+        streams: 2 where the unquantized model's activations go along.
+    """
+    block = layout.steps[1].name
+    shapes = [[layout.targets[f"{block}.{name}"].shape for name in names] for names in STAGES]
+    out = []
+    for number, members in enumerate(shapes):
+        rows, width = sum(n for n, _ in members), members[0][1]
+        square, weights = 4 * width * width, 4 * rows * width
+        before = sum(4 * n * k for n, k in shapes[number - 1]) if number in (1, 3) else 0
+        gather = streams * (square + before) + weights
+        # the weights in one matrix, or what is to be quantized in their place
+        stacked = weights if streams == 2 or len(members) > 1 else 0
+        # the factor in fp64 and what it becomes in fp32
+        factor = square + 3 * square + weights + stacked
+        # the weights by columns, their codes as numbers, and the same as bytes
+        solve = 2 * square + weights + stacked + 3 * weights + rows * width
+        matched = 0
+        if streams == 2:
+            # in fp64: the products, and of what they are made so many rows at once; then the Hessian in their place
+            parts = 8 * width * (min(rows, ROWS) + min(width, MIRROR))
+            first = 2 * square + weights + (stacked if len(members) > 1 else 0) + 2 * weights + parts
+            matched = max(first, 3 * square + 3 * weights)
+        out.append(max(gather, matched, factor, solve))
+    return out
 
 
 def _shapes(layout: Layout) -> list[tuple[int, int]]:

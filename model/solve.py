@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..quant.apply import Outcome, measure, quantize_weight
-from ..quant.calibrate import HessianAccumulator, HessianError, matched_weight
+from ..quant.calibrate import HessianAccumulator, HessianError, matched_products, matched_weight
 from ..quant.config import QuantSpec
 from ..quant.gptq import dead_channels
 from ..quant.tensor import QuantizedTensor
@@ -109,9 +109,11 @@ def _quantize_stacked(
 ) -> QuantizedTensor:
     stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
     if accumulator is not None and hessian is not None and accumulator.cross is not None:
-        stacked = matched_weight(stacked, hessian, accumulator.cross, getattr(spec.options, "damp", 0.01))
+        damp = getattr(spec.options, "damp", 0.01)
+        stacked = matched_products(stacked, hessian, accumulator.cross, damp)
         if last:
             accumulator.drop_cross()
+        stacked = matched_weight(stacked, hessian, damp)
     return quantize_weight(path, stacked, spec, hessian)
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 # stripes of the Hessian; only those on and above the diagonal are multiplied, the rest is their mirror image
 _STRIPES = 3
 # rows of a Hessian, and rows of a weight, that are worked on at once where a copy of all would be too large
-_MIRROR = 2048
-_ROWS = 4096
+MIRROR = 2048
+ROWS = 4096
 
 
 class HessianError(ValueError):
@@ -53,11 +53,11 @@ class HessianAccumulator:
     def hessian(self) -> Tensor:
         """X^T X, fp32 [K, K], symmetric to the bit; the accumulator's own memory, which :meth:`add` goes on with."""
         width = self._h.shape[0]
-        for start in range(0, width, _MIRROR):
-            part = slice(start, start + _MIRROR)
+        for start in range(0, width, MIRROR):
+            part = slice(start, start + MIRROR)
             block = self._h[part, part]
             block.copy_(block.triu() + block.triu(1).t())
-            self._h[start + _MIRROR :, part] = self._h[part, start + _MIRROR :].t()
+            self._h[start + MIRROR :, part] = self._h[part, start + MIRROR :].t()
         return self._h
 
     @property
@@ -74,8 +74,25 @@ class HessianAccumulator:
         self._cross = None
 
 
-def matched_weight(w: Tensor, hessian: Tensor, cross: Tensor, damp: float) -> Tensor:
-    """The weight [N, K] that on the quantized model's inputs X comes closest to W on the full model's X_full.
+def matched_products(w: Tensor, hessian: Tensor, cross: Tensor, damp: float) -> Tensor:
+    """``W C + a W`` in fp64 [N, K], from which :func:`matched_weight` solves the weight that is to be quantized.
+
+    Apart, because the cross term C is of the Hessian's size and may be given back before that is factorized.
+    """
+    ridge = _ridge(hessian, damp)
+    products = torch.empty(w.shape, dtype=torch.float64, device=w.device)
+    for start in range(0, w.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        w64 = w[rows].to(torch.float64)
+        torch.mul(w64, ridge, out=products[rows])
+        for first in range(0, cross.shape[0], MIRROR):
+            part = slice(first, first + MIRROR)
+            products[rows].addmm_(w64[:, part], cross[part].to(torch.float64))
+    return products
+
+
+def matched_weight(products: Tensor, hessian: Tensor, damp: float) -> Tensor:
+    """The weight fp32 [N, K] that on the quantized model's inputs X comes closest to W on the full model's X_full.
 
     ``||W X_full^T - V X^T||^2 + a ||V - W||^2`` is least at ``V = (W C + a W) (H + a I)^-1`` with C = X_full^T X and
     a = damp * mean(diag H). Quantizing V instead of W under H then minimises the distance to the full model's
@@ -83,29 +100,32 @@ def matched_weight(w: Tensor, hessian: Tensor, cross: Tensor, damp: float) -> Te
 
     Besides H in float64 nothing of its size is held.
 
+    Args:
+        products: of :func:`matched_products`, overwritten.
+
     Raises:
         HessianError: the damped Hessian is not positive definite, or not finite.
     """
     width = hessian.shape[0]
     h = hessian.to(torch.float64)
-    ridge = damp * float(h.diagonal().mean())
-    h.diagonal().add_(ridge)
+    h.diagonal().add_(_ridge(hessian, damp))
     factor = cholesky_in_place(h)
     if factor is None:
         raise HessianError(
             f"the Hessian [{width}, {width}] is not positive definite with damping {damp:g} of its mean diagonal: "
             "use more calibration text, or set the calibration's target to quantized"
         )
-    out = torch.empty(w.shape, dtype=torch.float32, device=w.device)
-    for start in range(0, w.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        w64 = w[rows].to(torch.float64)
-        right = ridge * w64
-        for first in range(0, width, _MIRROR):
-            part = slice(first, first + _MIRROR)
-            right.addmm_(w64[:, part], cross[part].to(torch.float64))
-        out[rows] = torch.cholesky_solve(right.t(), factor).t()
-    return out
+    for start in range(0, products.shape[0], ROWS):
+        # by columns, in place: torch.cholesky_solve is the same two solves on copies of both, the factor's of 1.6 GB
+        right = products[start : start + ROWS].t()
+        torch.linalg.solve_triangular(factor, right, upper=False, out=right)
+        torch.linalg.solve_triangular(factor.t(), right, upper=True, out=right)
+    del h, factor
+    return products.to(torch.float32)
+
+
+def _ridge(hessian: Tensor, damp: float) -> float:
+    return damp * float(hessian.diagonal().to(torch.float64).mean())
 
 
 def cholesky_in_place(h: Tensor) -> Tensor | None:

@@ -56,14 +56,20 @@ def test_what_the_last_bit_of_a_sum_depends_on(folder, monkeypatch):
     assert of(folder)["brise"] == "0.0.0" != before["brise"]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "its header", "config.json"])
 def test_another_source_is_another_job(folder, file):
-    """A file of the same size whose bytes may be others is known by its time, and the config by its contents."""
+    """A file of the same size whose bytes may be others is known by its time, header and config by their contents."""
     before = of(folder)
     if file == "config.json":
         text = (folder / file).read_text()
         (folder / file).write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 10001.0'))
         assert (folder / file).read_text() != text
+    elif file == "its header":  # with the time of the file put back
+        path = folder / "model.safetensors"
+        status, data = path.stat(), path.read_bytes()
+        path.write_bytes(data.replace(b'"format":"pt"', b'"format":"pq"', 1))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert path.read_bytes() != data
     else:
         status = (folder / file).stat()
         os.utime(folder / file, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
@@ -78,3 +84,4 @@ def test_only_what_was_to_fail_may_change(kind):
             before, after = (Policy(**{kind: action}).to_dict() for action in (old, new))
             assert goes_on("policy", before, after) == (old in ("fail", new))
     assert not goes_on("policy", None, Policy().to_dict()) and not goes_on("config", {"a": 1}, {"a": 2})
+    assert not goes_on("device", "cpu", "a GPU")

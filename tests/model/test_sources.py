@@ -1,6 +1,7 @@
 """What a checkpoint can be made from: any float dtype, any shards, Mistral's own files."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -61,7 +62,7 @@ def test_every_float_and_any_number_of_shards(tiny_checkpoint, tmp_path, dtype):
     assert one["model.norm.weight"].dtype == dtype
 
 
-@pytest.mark.parametrize("kind", ["plain", "tensor", "row", "block", "one", "powers"])
+@pytest.mark.parametrize("kind", ["plain", "tensor", "row", "list", "block", "one", "powers"])
 def test_float8_with_and_without_scales(tiny_checkpoint, tmp_path, kind):
     """Against the decoded weights in bf16: the very same codes, since they fit bf16."""
 
@@ -78,19 +79,20 @@ def test_float8_with_and_without_scales(tiny_checkpoint, tmp_path, kind):
                 "plain": None,
                 "tensor": torch.tensor(0.25),
                 "row": 2.0 ** -(torch.arange(rows) % 3 + 1.0)[:, None],
+                "list": 2.0 ** -(torch.arange(rows) % 3 + 1.0),
                 "block": block,
                 "one": torch.tensor(0.25),  # what transformers writes where weight_block_size is null
                 "powers": block.to(torch.float8_e8m0fnu),  # and under scale_fmt ue8m0
             }[kind]
-            spread = 1.0 if scale is None else scale
+            spread = 1.0 if scale is None else scale[:, None] if kind == "list" else scale
             if kind in ("block", "powers"):
                 spread = block.repeat_interleave(24, 0)[:rows].repeat_interleave(40, 1)[:, :columns]
-            out[name] = (w / spread).to(torch.float8_e4m3fn)
+            out[name] = (w / spread).to(torch.float8_e5m2 if "up_proj" in name else torch.float8_e4m3fn)
             decoded[name] = (out[name].float() * spread).bfloat16()
             if scale is not None:
                 out[f"{name}_scale{'_inv' if kind in ('block', 'one', 'powers') else ''}"] = scale
-            out[name.replace("weight", "input_scale")] = torch.tensor(1.0)
-            out[name.replace("weight", "activation_scale")] = torch.tensor(1.0)
+            for scale_of in ("input_scale", "activation_scale", "k_scale", "v_scale"):
+                out[name.replace("weight", scale_of)] = torch.tensor(1.0)
         return out
 
     decoded: dict[str, torch.Tensor] = {}
@@ -116,13 +118,42 @@ def test_float8_with_and_without_scales(tiny_checkpoint, tmp_path, kind):
     assert open_source(src).info(f"{Q}.weight")[0] == torch.bfloat16
 
 
-def test_a_float8_scale_that_fits_nothing(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    "scale, shape",
+    [
+        (f"{Q}.weight_scale", [3]),
+        (f"{Q}.weight_scale", [1, 64]),
+        (f"{Q}.weight_scale_inv", [2, 1]),  # of 64 x 64 in blocks of 128 there is one
+        ("model.norm.weight_scale", [1]),
+    ],
+)
+def test_a_float8_scale_that_fits_nothing(tiny_checkpoint, tmp_path, scale, shape):
     def wrong(tensors):
         w = tensors[f"{Q}.weight"].to(torch.float8_e4m3fn)
-        return {**tensors, f"{Q}.weight": w, f"{Q}.weight_scale": torch.ones(3)}
+        return {**tensors, f"{Q}.weight": w, scale: torch.ones(shape)}
 
-    with pytest.raises(CheckpointError, match=rf"fit no weight: {Q}.weight_scale \[3\]"):
+    with pytest.raises(CheckpointError, match=re.escape(f"fit no weight: {scale} {shape}")):
         open_source(rewrite(tiny_checkpoint, tmp_path / "f8", wrong))
+
+
+def test_blocks_are_of_128_where_the_config_does_not_say(tiny_checkpoint, tmp_path):
+    """down_proj is 64 x 128: one block, whose scale is all there is."""
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def coded(tensors):
+        w = tensors[name].to(torch.float8_e4m3fn)
+        return {**tensors, name: w, f"{name}_scale_inv": torch.full((1, 1), 0.5)}
+
+    src = rewrite(tiny_checkpoint, tmp_path / "f8", coded)
+    wanted = load_file(src / "model.safetensors")[name].float() * 0.5
+    assert torch.equal(whole(open_source(src), name), wanted)
+
+
+def test_float8_tensors_beside_another_quantization(tiny_checkpoint, tmp_path):
+    config = {"quantization_config": {"quant_method": "quanto"}}
+    coded = lambda t: {**t, f"{Q}.weight": t[f"{Q}.weight"].to(torch.float8_e4m3fn)}  # noqa: E731
+    with pytest.raises(CheckpointError, match="quantized by 'quanto' and holds float8 tensors: expected fp8"):
+        open_source(rewrite(tiny_checkpoint, tmp_path / "f8", coded, config))
 
 
 NAMES = {

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from brise.cli.main import app
@@ -140,10 +141,23 @@ def test_what_is_finished_is_not_done_again(tiny_checkpoint, tmp_path, monkeypat
         quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True)
 
 
-def test_nothing_is_on_record_before_it_is_on_the_disk(tiny_checkpoint, tmp_path, monkeypatch):
-    """What a kill cannot show, since the system keeps its pages: every file is waited for, then the journal's line."""
+@pytest.mark.parametrize("shard", [5_000_000_000, 3000], ids=["one", "many"])
+def test_nothing_is_on_record_before_it_is_on_the_disk(tiny_checkpoint, tmp_path, monkeypatch, shard):
+    """What a kill cannot show, since the system keeps its pages: every file is waited for, then the journal's line.
+
+    The names of new files too: a weight of zeros is kept, for which the shards are laid out anew.
+    """
+    src, kept = shutil.copytree(tiny_checkpoint, tmp_path / "src"), "model.layers.1.mlp.down_proj"
+    tensors = load_file(src / "model.safetensors")
+    tensors[f"{kept}.weight"].zero_()
+    save_file(tensors, src / "model.safetensors", metadata={"format": "pt"})
     dirty, synced, lines = set(), set(), []
-    real_pwrite, real_sync, real_fsync = os.pwrite, InFiles.sync, os.fsync
+    real_pwrite, real_sync, real_fsync, real_open = os.pwrite, InFiles.sync, os.fsync, os.open
+
+    def opening(path, flags, *mode):
+        if flags & os.O_CREAT and Path(path).name.startswith("shard-"):
+            dirty.add(Path(path).parent.stat().st_ino)
+        return real_open(path, flags, *mode)
 
     def pwrite(fd, data, at):
         dirty.add(os.fstat(fd).st_ino)
@@ -166,13 +180,16 @@ def test_nothing_is_on_record_before_it_is_on_the_disk(tiny_checkpoint, tmp_path
         assert journal not in dirty
 
     real_append = JobFolder.append
+    monkeypatch.setattr(os, "open", opening)
     monkeypatch.setattr(os, "pwrite", pwrite)
     monkeypatch.setattr(os, "fdatasync", fsync)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(InFiles, "sync", sync)
     monkeypatch.setattr(JobFolder, "append", append)
     config = PRESETS["gptq-int3-g32-all"]
-    quantize_checkpoint(tiny_checkpoint, tmp_path / "q", config, calibration=IDS, memory="file")
+    options = {"max_shard_bytes": shard, "policy": Policy(zero="keep")}
+    report = quantize_checkpoint(src, tmp_path / "q", config, calibration=IDS, memory="file", **options)
+    assert [o.path for o in report.kept] == [kept]
     # behind the last block that is calibrated in nothing needs the activations
     assert lines == [(0, set(), True), (1, set(), True), (2, set(), False), (3, set(), False)]
 
@@ -340,9 +357,11 @@ def test_the_commands_options_reach_the_job(tiny_checkpoint, tmp_path, monkeypat
     }
 
 
-@pytest.mark.parametrize("torn", [lambda text: text[:-20], lambda text: text[:-9] + b"0" * 8 + b"\n"])
+@pytest.mark.parametrize(
+    "torn", [lambda text: text[:-20], lambda text: text[:-9] + b"0" * 8 + b"\n", lambda text: text[:-1]]
+)
 def test_a_torn_journal_loses_its_last_line_only(tiny_checkpoint, tmp_path, monkeypatch, torn):
-    """A line that is cut short, and one of which a part never reached the disk."""
+    """A line that is cut short, by its end alone too, and one of which a part never reached the disk."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         fail_at(patch, 3, OSError(errno.EIO, "planted"))

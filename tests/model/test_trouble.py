@@ -1,5 +1,6 @@
 """Weights and Hessians that cannot be quantized as asked: said by module, and done as the user chose."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from brise.cli.main import app
+from brise.model import shards
 from brise.model.checkpoint import load_model
-from brise.model.job import job_path
+from brise.model.job import JobFolder, job_path
 from brise.model.reader import CheckpointReader
 from brise.model.stream import quantize_checkpoint
 from brise.model.trouble import Policy, TroubleError
@@ -79,8 +81,9 @@ def test_nan_and_infinity_fail_or_are_kept(spoil, tmp_path, config):
 
 @pytest.mark.parametrize("config", [NF4, GPTQ], ids=["plain", "gptq"])
 @pytest.mark.parametrize("shard", [5_000_000_000, 9000], ids=["one", "many"])
-def test_what_is_kept_after_all_is_as_if_a_rule_had_kept_it(spoil, tmp_path, config, shard):
+def test_what_is_kept_after_all_is_as_if_a_rule_had_kept_it(spoil, tmp_path, monkeypatch, config, shard):
     """The shards are laid out anew on the way; every tensor is the same, and no file is left of the first layout."""
+    monkeypatch.setattr(shards, "_COPY", 1000)  # as large tensors, in several pieces
     job = {"calibration": IDS if config is GPTQ else None, "max_shard_bytes": shard}
     job["policy"] = Policy(nonfinite="keep")
     src, ruled = spoil(down=nan), QuantConfig((Rule((DOWN,), None), *config.rules), config.calibration)
@@ -93,6 +96,29 @@ def test_what_is_kept_after_all_is_as_if_a_rule_had_kept_it(spoil, tmp_path, con
     for name in one.names:
         a, b = (reader.tensor(name).reshape(-1).view(torch.uint8) for reader in (one, other))
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("shard", [5_000_000_000, 9000], ids=["one", "many"])
+def test_an_end_between_the_new_shards_and_their_record(spoil, tmp_path, monkeypatch, shard):
+    """What is gone on from is the old layout, whatever files there are of the new one."""
+    src, out, job = spoil(down=nan), tmp_path / "q", {"policy": Policy(nonfinite="keep")}
+    job["max_shard_bytes"] = shard
+    quantize_checkpoint(src, tmp_path / "whole", NF4, **job)
+    real = JobFolder.append
+
+    def append(self, record):
+        if record["generation"]:
+            raise OSError(errno.EIO, "planted")
+        real(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobFolder, "append", append)
+        with pytest.raises(OSError, match="planted"):
+            quantize_checkpoint(src, out, NF4, **job)
+    assert list((job_path(out) / "folder").glob("shard-*-1"))
+    quantize_checkpoint(src, out, NF4, resume=True, **job)
+    made, whole = ({p.name: p.read_bytes() for p in f.iterdir()} for f in (out, tmp_path / "whole"))
+    assert made == whole
 
 
 def test_a_head_stays_tied_to_an_embedding_that_is_kept(spoil, tmp_path):
