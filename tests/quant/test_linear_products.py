@@ -255,3 +255,6 @@ def test_the_direct_product_leaves_gradients_to_the_op():
     x.requires_grad_()
     module(x).sum().backward()
     assert torch.allclose(x.grad, module.quantized().dequantize().sum(0).expand(2, -1), atol=1e-4)
+    module.scales.requires_grad_()
+    with pytest.raises(ValueError, match="scales"):
+        module(x.detach())
