@@ -29,9 +29,10 @@ from .reference import Weight
 _BLOCK = 1 << 20
 # from this many rows on the product, not the decoding, takes the time: bf16 pays where the chip multiplies it
 _MANY_ROWS = 32
-# rows up to which the compiled product, which decodes once for four rows, beats decoding into memory once for all
-_FEW_ROWS = 64
-# where torch's bf16 product is fast, of 4 and 2 bits, and of 8
+# rows up to which the compiled product, which decodes once for four rows, beats decoding into memory once for all: of 2
+# to 4 bits, and of 8
+_FEW_ROWS = (48, 16)
+# and where torch's bf16 product is fast
 _FEW_ROWS_BF16 = (16, 4)
 # input channels from which int4 is two products
 _WIDE = 256
@@ -58,7 +59,7 @@ def matmul(x: Tensor, w: Weight, bias: Tensor | None = None, batch_invariant: bo
 def few_rows(fmt: str, dtype: torch.dtype) -> int:
     """Rows of ``dtype`` up to which the compiled product is the faster one."""
     fast = dtype == torch.bfloat16 and _has_bf16_products()
-    return _FEW_ROWS_BF16[fmt == "int8"] if fast else _FEW_ROWS
+    return (_FEW_ROWS_BF16 if fast else _FEW_ROWS)[fmt == "int8"]
 
 
 def compiled_for(w: Weight, dtype: torch.dtype) -> CDLL | None:
