@@ -49,6 +49,7 @@ def small_pieces(monkeypatch):
     for module, names in ((calibrate, ("ROWS", "MIRROR")), (gptq, ("_PANEL",)), (apply, ("_ROWS",))):
         for name in names:
             monkeypatch.setattr(module, name, 64)
+    monkeypatch.setattr("brise.quant.scales._CHUNK", 1024)
     monkeypatch.setattr("brise.eval.plan.ROWS", 64)
     monkeypatch.setattr("brise.eval.plan.MIRROR", 64)
 
