@@ -68,3 +68,21 @@ def test_the_source_is_not_replaced_by_what_is_made_of_it(tiny_checkpoint, tmp_p
     assert contents(src) == before and not job_path(home).exists()
     quantize_checkpoint(home, home / "below", NF4)  # which harms nothing
     assert load_model(home / "below") is not None and contents(src).items() >= before.items()
+
+
+def test_a_line_of_the_journal_that_a_disk_takes_half_of(tiny_checkpoint, tmp_path, monkeypatch):
+    """It is an error at once, and the step is done again."""
+    out, real, lines = tmp_path / "out", os.write, []
+
+    def write(fd, data):
+        if b'"steps"' in data:
+            lines.append(data)
+        return real(fd, data[:-7] if len(lines) == 2 else data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        with pytest.raises(OSError, match=r"journal: \d+ of \d+ bytes written: is the disk full\?"):
+            quantize_checkpoint(tiny_checkpoint, out, NF4)
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "whole", NF4)
+    quantize_checkpoint(tiny_checkpoint, out, NF4, resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
