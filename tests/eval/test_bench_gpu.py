@@ -298,7 +298,7 @@ def test_tuning_takes_the_fastest_launch_that_runs_and_writes_data_that_is_read(
 
 def test_tuned_data_must_serve_every_number_of_tokens(tmp_path, monkeypatch):
     whole = tuning.Tuned(
-        {"int4": ((16, tuning.MatmulConfig(16)), (tuning.ALL, tuning.MatmulConfig(64, stages=4)))}
+        {"int4": ((16, tuning.MatmulConfig(16, stages=4)), (tuning.ALL, tuning.MatmulConfig(64, stages=4)))}
     )
     assert tuning.Tuned.from_json(whole.to_json()) == whole
     with pytest.raises(ValueError, match=r"table of int4 must end.*\[16\]"):

@@ -194,6 +194,7 @@ def test_the_items_of_a_cell_come_back_from_a_machine_that_shares_no_disk(tmp_pa
     row = SimpleNamespace(key=key)
 
     class Cell:
+        name = "a cell"
         out = here  # on another disk than the driver's it is another folder: see call
         setting = SimpleNamespace(device=SimpleNamespace(type="cpu"))
 
