@@ -100,6 +100,11 @@ def test_activations_of_every_size_in_integers(library, fmt, symmetric, dtype):
     for row in range(len(x)):  # each by itself, or the largest would hide the rest
         exact = x[row].double() @ dense.T
         check_budget(out[row], x[row] @ dense.to(dtype).T, exact)
+    # below 2^-103 the units are no smaller, as they would be no plain numbers: few bits are left, but the right ones
+    least = torch.randn(1, 1024) * 2.0**-118
+    given = least.to(dtype)
+    error = (native.matmul(given, w, None, library).double() - given.double() @ dense.T).abs().max()
+    assert error <= 1024 * 2.0**-125 * dense.abs().max() + torch.finfo(dtype).smallest_normal
     for bad in (torch.nan, torch.inf, -torch.inf):
         broken = x.clone()
         broken[2, 700] = bad
