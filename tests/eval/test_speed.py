@@ -1,5 +1,7 @@
 """Speed: the statistics by hand, and what is timed by a model with a clock of its own."""
 
+import gc
+
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -165,12 +167,13 @@ def test_peaks_are_of_their_phase(tiny_checkpoint):
     from brise.model.checkpoint import load_model
 
     model = load_model(tiny_checkpoint)
+    gc.collect()  # what tests before this one left may be given back between the two measurements
     peaks = measure_peaks(model, 123, 64, 2)
     assert (peaks.prompt, peaks.new_tokens) == (64, 2)
     if peaks.prefill is None:
         pytest.skip("this system does not let a process's peak begin anew")
     assert peaks.load == 123 and peaks.prefill > 10**6 and peaks.decode > 10**6
-    held = torch.empty(200_000_000, dtype=torch.uint8).fill_(1)
+    held = torch.empty(800_000_000, dtype=torch.uint8).fill_(1)
     with_more = measure_peaks(model, None, 64, 2)
-    assert with_more.prefill - peaks.prefill > 150_000_000
+    assert with_more.prefill - peaks.prefill > 400_000_000
     del held
