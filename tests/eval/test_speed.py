@@ -1,6 +1,7 @@
 """Speed: the statistics by hand, and what is timed by a model with a clock of its own."""
 
 import gc
+import mmap
 
 import pytest
 import torch
@@ -173,7 +174,8 @@ def test_peaks_are_of_their_phase(tiny_checkpoint):
     if peaks.prefill is None:
         pytest.skip("this system does not let a process's peak begin anew")
     assert peaks.load == 123 and peaks.prefill > 10**6 and peaks.decode > 10**6
-    held = torch.empty(800_000_000, dtype=torch.uint8).fill_(1)
+    # pages of its own: what an allocator gives may have been freed, and still be resident
+    held = torch.frombuffer(mmap.mmap(-1, 200_000_000), dtype=torch.uint8).fill_(1)
     with_more = measure_peaks(model, None, 64, 2)
-    assert with_more.prefill - peaks.prefill > 400_000_000
+    assert with_more.prefill - peaks.prefill > 150_000_000
     del held
