@@ -240,12 +240,14 @@ def test_the_direct_product_is_the_one_with_checks(name, dtype):
             other.get_buffer("qweight").zero_()
             assert not torch.equal(other(x), expected)
         assert torch.equal(module(x), expected)
+        short = copy.deepcopy(module)
+        short(x)
+        short.bias.data = torch.zeros(1)
+        with pytest.raises(ValueError, match="bias must be"):
+            short(x)
         module.get_buffer("scales").data = module.get_buffer("scales").clone()
         assert not module._multiplies_directly(x), "another place in memory"
         assert torch.equal(module(x), expected)
-        module.bias.data = torch.zeros(1)
-        with pytest.raises(ValueError, match="bias must be"):
-            module(x)
 
 
 def test_the_direct_product_leaves_gradients_to_the_op():
