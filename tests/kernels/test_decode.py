@@ -142,10 +142,11 @@ def test_what_is_broken_in_a_row_stays_there():
 
 @pytest.mark.parametrize("impl", ["auto", "invariant", "reference"])
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_query_sees_nothing_of_what_breaks_behind_it(impl, int8):
+@pytest.mark.parametrize("window", [17, None])
+def test_a_query_sees_nothing_of_what_breaks_behind_it(impl, int8, window):
     """A draft that is nan: the queries before it are what they are without it, those behind it are nan."""
     torch.manual_seed(7)
-    seen, window, slots = (13, 30, 9), 17, SLOTS
+    seen, slots = (13, 30, 9), SLOTS
     how = {"impl": "auto", "batch_invariant": True} if impl == "invariant" else {"impl": impl}
     q, rows = torch.randn(3, 4, 4, 16), history(seen, 2, 16, int8=int8)
     exact = attention(q, rows, slots, window, None, torch.float64)

@@ -76,6 +76,17 @@ def test_agrees_with_torch_under_an_explicit_mask(impl, name, window, monkeypatc
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("side", [0, 1])
+def test_bounds_that_differ_on_one_side_alone(impl, side):
+    """All queries end, or begin, with the same key."""
+    q, k, v = states(1, 6, 9)
+    bounds = torch.tensor([[[0] * 6, [9] * 6]], dtype=torch.int32)
+    bounds[0, side] = torch.tensor([0, 3, 1, 8, 2, 5]) + side
+    out = sliding_attention(q, k, v, bounds=bounds, impl=impl)
+    torch.testing.assert_close(out, by_torch(q, k, v, attention_reference.visible_in(bounds, 9)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_without_causality_every_real_key_is_seen(impl):
     (q, k, v), packing = case("both")
     seen = explicit(q, k, None, causal=False, **packing)

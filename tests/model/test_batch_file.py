@@ -113,6 +113,19 @@ def test_a_conversation_within_a_conversation(tools, tmp_path):
     assert "one conversation" in done[0]["error"] and done[1]["new_tokens"] == 2
 
 
+def test_what_a_line_does_not_say_is_that_of_the_defaults(tools, tmp_path):
+    model, tokenizer = tools
+    lines = ['{"prompt": "The wind"}', '{"prompt": "The wind", "stop": [], "max_new_tokens": 5}']
+    (tmp_path / "in").write_text("\n".join(lines))
+    alone = Generator(model, tokenizer, eos=())
+    (whole,) = alone.complete([Request(encode_prompt(tokenizer, "The wind"), 20)])
+    stop = next(c for c in whole.text[2:] if c != "\N{REPLACEMENT CHARACTER}")
+    defaults = Defaults(max_new_tokens=20, stop=(stop,))
+    first, second = continue_file(alone, tmp_path / "in", tmp_path / "out", defaults)
+    assert first["reason"] == "stop" and first["text"] == whole.text[: whole.text.index(stop)]
+    assert (second["reason"], second["new_tokens"]) == ("length", 5)
+
+
 class Stopped(Exception):
     pass
 
