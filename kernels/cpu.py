@@ -78,9 +78,8 @@ def _in_blocks(
     step = max(1, _BLOCK // max(1, width))
     tiles = (compiled is not None or rows >= _MANY_ROWS) and not batch_invariant and _multiplies_bf16(x)
     work = torch.bfloat16 if tiles else _work_dtype(x.dtype)
-    fast = compiled is not None and native.decodes(w.format, width, w.groups, compiled)
     inputs: _Inputs | _Compiled
-    if compiled is not None and fast:
+    if compiled is not None and native.decodes(w.format, width, w.groups, compiled):
         inputs = _Compiled(x.to(work), w, min(step, n), compiled)
     else:
         inputs = _Inputs(x.to(work), w, min(step, n), batch_invariant, exact=x.dtype not in _HALVES)
@@ -190,13 +189,13 @@ def _group_index(w: Weight) -> Tensor:
 class _Compiled:
     """The activations, and the memory that every block of at most ``step`` rows is decoded into."""
 
-    def __init__(self, x: Tensor, w: Weight, step: int, library: CDLL) -> None:
-        self.x, self.w, self.library = x, w, library
+    def __init__(self, x: Tensor, w: Weight, step: int, compiled: CDLL) -> None:
+        self.x, self.w, self.compiled = x, w, compiled
         self.block = torch.empty(step, w.shape[1], dtype=x.dtype)
 
     def multiply(self, part: slice) -> Tensor:
         block = self.block[: part.stop - part.start]
-        native.decode(self.w, part.start, block, self.library)
+        native.decode(self.w, part.start, block, self.compiled)
         return torch.nn.functional.linear(self.x, block)
 
 

@@ -18,8 +18,8 @@ class Direct:
         w: checked (:func:`.checks.portable`); its tensors are held, and read at every product.
     """
 
-    def __init__(self, w: Weight, library: CDLL) -> None:
-        self.library, self.shape = library, w.shape
+    def __init__(self, w: Weight, compiled: CDLL) -> None:
+        self.compiled, self.shape = compiled, w.shape
         # numbers of x up to which it is the faster way
         self.most = {dtype: cpu.few_rows(w.format, dtype) * w.shape[1] for dtype in native.DTYPES}
         self.weight = native.stored(w)
@@ -31,14 +31,16 @@ class Direct:
     @classmethod
     def of(cls, w: Weight, dtype: torch.dtype) -> Direct | None:
         """None where the compiled code does not take this weight as it is stored, or activations of ``dtype``."""
-        library = cpu.compiled_for(w, dtype)
-        return None if library is None or native.stored(w) is not w else cls(w, library)
+        compiled = cpu.compiled_for(w, dtype)
+        return None if compiled is None or native.stored(w) is not w else cls(w, compiled)
 
     def takes(self, x: Tensor, batch_invariant: bool) -> bool:
         """Whether it is for these rows [..., K]; else the way is :func:`.cpu.matmul`'s."""
         most = self.most.get(x.dtype)
-        return most is not None and native.active() is self.library and (batch_invariant or x.numel() <= most)
+        return (
+            most is not None and native.active() is self.compiled and (batch_invariant or x.numel() <= most)
+        )
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] on the CPU @ W^T (+ bias [N]) -> [..., N] in x's dtype, the bits of :func:`.cpu.matmul`."""
-        return native.multiply(x, self.described, self.shape, bias, self.library)
+        return native.multiply(x, self.described, self.shape, bias, self.compiled)

@@ -32,25 +32,14 @@ __all__ = ["DTYPES", "decodes", "described", "stored", "takes"]
 
 SOURCE = Path(__file__).with_suffix(".c")
 # all that a library is made of
-SOURCES = (
-    SOURCE,
-    *(
-        SOURCE.with_name(f"native_{part}.h")
-        for part in ("vectors", "weights", "products", "integers", "rows", "step")
-    ),
-)
+_PARTS = ("vectors", "weights", "products", "integers", "rows", "step")
+SOURCES = (SOURCE, *(SOURCE.with_name(f"native_{part}.h") for part in _PARTS))
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c")
 # what the compiler may use, by what torch finds on this processor
 _FLAGS = {
-    "AVX512_BF16": (
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512bf16",
-        "-mavx512vnni",
-        "-mfma",
-        "-mf16c",
-    ),
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"),
+    # every processor with the one has the other
+    "AVX512_BF16": (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
+    "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
 # sums in one order and with the roundings that are written down
@@ -177,14 +166,8 @@ def multiply(
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-    if library.brise_matmul(
-        w,
-        x.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        x.numel() // k,
-        DTYPES[x.dtype],
-    ):
+    added = None if bias is None else bias.data_ptr()
+    if library.brise_matmul(w, x.data_ptr(), added, out.data_ptr(), x.numel() // k, DTYPES[x.dtype]):
         raise MemoryError(f"no memory for the activations {list(x.shape)} in the order of the product")
     return out
 

@@ -29,8 +29,8 @@ typedef struct {
 static ptrdiff_t bytes_a_lane(int64_t bits) { return bits == 8 ? 1 : bits == 3 ? 12 : 4; }
 static ptrdiff_t codes_a_lane(int64_t bits) { return bits >= 8 ? 1 : bits == 3 ? 32 : 32 / bits; }
 
-/* How a row is cut. Codes are read a chunk at a time, one lane's for each lane of a register; a group is a part of a chunk, or
-   chunks. Bytes of a row and of a chunk, chunks; scales of a chunk, 1 or more and then that of each lane; chunks
+/* How a row is cut. Codes are read a chunk at a time, one lane's for each lane of a register; a group is a part of a
+   chunk, or chunks. Bytes of a row and of a chunk, chunks; scales of a chunk, 1 or more and then that of each lane; chunks
    of a group. */
 typedef struct {
     ptrdiff_t row, chunk, chunks, scales, group;

@@ -168,15 +168,20 @@ def append_many(path, name, once=False):
         append_row(path, make_row(f"{name}{i}"), once=once)
 
 
-def test_rows_of_several_processes_do_not_mix(tmp_path):
-    path = tmp_path / "runs.jsonl"
+def in_processes(function, arguments):
+    """Call ``function`` in a process for each of the ``arguments``, all at once."""
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=append_many, args=(path, name)) for name in "abc"]
+    workers = [context.Process(target=function, args=each) for each in arguments]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
+
+
+def test_rows_of_several_processes_do_not_mix(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    in_processes(append_many, [(path, name) for name in "abc"])
     rows, problems = read_rows(path)
     assert not problems and {row.key for row in rows} == {f"{n}{i}" for n in "abc" for i in range(25)}
 
@@ -197,13 +202,7 @@ def test_whoever_writes_has_the_file_alone(tmp_path):
 
 def test_of_processes_with_the_same_rows_each_is_written_once(tmp_path):
     path = tmp_path / "runs.jsonl"
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=append_many, args=(path, "same", True)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+    in_processes(append_many, [(path, "same", True)] * 4)
     rows, problems = read_rows(path)
     assert not problems and [row.key for row in rows] == [f"same{i}" for i in range(25)]
 
