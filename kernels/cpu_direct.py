@@ -21,7 +21,7 @@ class Direct:
     def __init__(self, w: Weight, compiled: CDLL) -> None:
         self.compiled, self.shape = compiled, w.shape
         # numbers of x up to which it is the faster way
-        self.most = {dtype: cpu.few_rows(w.format, dtype) * w.shape[1] for dtype in native.DTYPES}
+        self.most = {dtype: cpu.few_rows(w, dtype, compiled) * w.shape[1] for dtype in native.DTYPES}
         self.weight = native.stored(w)
         self.described = native.described(self.weight)
         names = ("qweight", "scales", "zeros", "scales_absmax", "scales_offset", "scales_map")

@@ -8,8 +8,7 @@
 #include "native_weights.h"
 #include "native_products.h"
 #include "native_integers.h"
-#include "native_rows.h"
-#include "native_step.h"
+#include "native_tiles.h"
 
 int brise_lanes(void) { return LANES; }
 
@@ -19,10 +18,11 @@ int brise_has_bf16(void) { return 1; }
 int brise_has_bf16(void) { return 0; }
 #endif
 
-/* whether a product is made in bf16 */
-static int in_bf16(const weight *w, int kind) {
-    return brise_has_bf16() && kind == BF16 && w->bits == 4 && !w->zero && !in_integers(w);
-}
+#include "native_rows.h"
+#include "native_step.h"
+
+/* groups of a chunk of a weight that is multiplied by tile registers; 0 of another */
+int brise_tile_parts(const weight *w) { return in_tiles(w) ? tiling_of(w, 1).parts : 0; }
 
 INLINE void put(int kind, void *out, ptrdiff_t at, vec v) {
     if (kind == FP32) store((float *)out + at, v);
@@ -33,19 +33,14 @@ INLINE void put(int kind, void *out, ptrdiff_t at, vec v) {
 /* x [M][K] times w, plus an fp32 bias [N] where there is one -> out [M][N], both of a kind; 1 where there is no memory for
    it */
 int brise_matmul(const weight *w, const void *x, const float *bias, void *out, ptrdiff_t m, int kind) {
-    const int integers = in_integers(w), bf16 = in_bf16(w, kind), direct = kind == FP32 && !bias;
-    /* a product in integers takes no more than one in fp32 */
-    float *ordered_x = malloc(m * (ordered_size(w) + (direct ? 0 : w->n)) * sizeof(float) + 1);
+    const int way = way_of(w, kind), direct = kind == FP32 && !bias;
+    const ptrdiff_t size = x_size(w, way, m);
+    char *ordered_x = malloc(size + (direct ? 0 : m * w->n * 4) + 1);
     if (!ordered_x) return 1;
-    float *sums = direct ? out : ordered_x + m * ordered_size(w);
+    float *sums = direct ? out : (float *)(ordered_x + size);
 #pragma omp parallel for schedule(static) if (m * w->k > 1 << 15)
-    for (ptrdiff_t t = 0; t < m; t++) {
-        if (integers) order_token_integers(kind, w, x, t, (char *)ordered_x);
-        else if (bf16) order_token_bf16(w, x, t, (uint16_t *)ordered_x);
-        else order_token(kind, w, x, t, ordered_x);
-    }
-    const ptrdiff_t token = integers ? integers_size(w) : ordered_size(w) * (bf16 ? 2 : 4);
-    all_blocks(bf16 ? block_bf16 : block_for(w), w, ordered_x, token, m, sums);
+    for (ptrdiff_t t = 0; t < m; t++) order(w, way, kind, x, m, t, ordered_x);
+    all_rows(w, way, ordered_x, m, sums);
     for (ptrdiff_t t = 0; t < m && !direct; t++)
         for (ptrdiff_t n = 0; n < w->n; n += LANES) {
             const ptrdiff_t at = t * w->n + n, left = w->n - n;
@@ -67,7 +62,7 @@ int brise_matmul(const weight *w, const void *x, const float *bias, void *out, p
 /* x fp32 [M][K] times a dense fp32 weight [N][K] -> out fp32 [M][N]; K of whole vectors */
 void brise_dense(const float *x, const float *dense, float *out, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k) {
     const weight w = {.codes = dense, .n = n, .k = k, .bits = 32};
-    all_blocks(block_dense, &w, x, k * 4, m, out);
+    all_rows(&w, AS_IT_IS, x, m, out);
 }
 
 /* sum = x + branch (x where there is none), out = sum / sqrt(mean(sum^2) + eps) * scale; [rows][width], whole vectors */

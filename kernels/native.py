@@ -32,13 +32,15 @@ __all__ = ["DTYPES", "decodes", "described", "stored", "takes"]
 
 SOURCE = Path(__file__).with_suffix(".c")
 # all that a library is made of
-_PARTS = ("vectors", "weights", "products", "integers", "rows", "step")
+_PARTS = ("vectors", "weights", "products", "integers", "tiles", "rows", "step")
 SOURCES = (SOURCE, *(SOURCE.with_name(f"native_{part}.h") for part in _PARTS))
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c")
+# every processor with the one has the other
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
 # what the compiler may use, by what torch finds on this processor
 _FLAGS = {
-    # every processor with the one has the other
-    "AVX512_BF16": (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
+    "AMX": (*_AVX512_BF16, "-mamx-tile", "-mamx-int8"),
+    "AVX512_BF16": _AVX512_BF16,
     "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
@@ -53,8 +55,15 @@ _aside: list[bool] = []
 def processor() -> str:
     """What this processor has, in the names of :data:`_FLAGS`; another name where that is not enough."""
     found = str(torch.backends.cpu.get_cpu_capability())
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return f"{found}_BF16" if found == "AVX512" and probe is not None and probe() else found
+    if found == "AVX512" and _probed("_is_avx512_bf16_supported"):
+        return "AMX" if _probed("_is_amx_tile_supported") else "AVX512_BF16"
+    return found
+
+
+def _probed(name: str) -> bool:
+    # not in every version of torch
+    probe = getattr(torch.cpu, name, None)
+    return probe is not None and bool(probe())
 
 
 @lru_cache(maxsize=4)
@@ -136,13 +145,19 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
         return None
     pointer, size, weight = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.POINTER(NativeWeight)
     found.brise_matmul.argtypes = [weight, *[pointer] * 3, size, ctypes.c_int]
+    found.brise_tile_parts.argtypes = [weight]
     found.brise_decode.argtypes = [weight, pointer, size, size, ctypes.c_int]
     found.brise_dense.argtypes = [pointer] * 3 + [size] * 3
     found.brise_rms_norm.argtypes = [pointer] * 5 + [size] * 2 + [ctypes.c_double]
     found.brise_step.argtypes, found.brise_step_sizes.argtypes = [pointer], [pointer] * 2
-    for name in ("rms_norm", "dense", "matmul", "decode", "step", "step_sizes"):
-        getattr(found, f"brise_{name}").restype = ctypes.c_int if name == "matmul" else None
+    for name in ("rms_norm", "dense", "decode", "step", "step_sizes"):
+        getattr(found, f"brise_{name}").restype = None
     return found
+
+
+def tile_parts(w: Weight, library: ctypes.CDLL) -> int:
+    """Groups of a chunk of 64 bytes where products of this weight are made by tile registers; 0 where not."""
+    return int(library.brise_tile_parts(described(stored(w))))
 
 
 def matmul(x: Tensor, w: Weight, bias: Tensor | None, library: ctypes.CDLL) -> Tensor:

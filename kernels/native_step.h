@@ -45,14 +45,20 @@ static ptrdiff_t queries_of(const step *s) { return s->heads / s->groups * s->to
 static ptrdiff_t part_size(const step *s) { return queries_of(s) * (2 + s->head); }
 
 /* a thread's own: x normed, x in the order of a product, a query, scores, what slots hold */
-static ptrdiff_t widest(const step *s) {
-    ptrdiff_t found = s->width;
-    if (s->heads * s->head > found) found = s->heads * s->head;
-    if (s->inner > found) found = s->inner;
-    return (found + 32 * LANES - 1) / (32 * LANES) * (32 * LANES); /* the largest chunk, of 3 bits */
+static ptrdiff_t most_ordered(const step *s) {
+    ptrdiff_t most = 0;
+    for (ptrdiff_t i = 0; i < s->layers; i++) {
+        const blocks_of_model *l = s->blocks + i;
+        const weight *all_weights[7] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+        for (int j = 0; j < 7; j++) {
+            const ptrdiff_t size = x_size(all_weights[j], way_of(all_weights[j], FP32), s->texts * s->tokens) / 4;
+            if (size > most) most = size;
+        }
+    }
+    return most;
 }
-static ptrdiff_t own_size(const step *s) {
-    return s->texts * s->tokens * (s->width + widest(s)) + s->head + 2 * SEGMENT;
+static ptrdiff_t own_size(const step *s, ptrdiff_t ordered) {
+    return s->texts * s->tokens * s->width + ordered + s->head + 2 * SEGMENT;
 }
 
 void brise_step_sizes(const step *s, sizes *z) {
@@ -63,30 +69,11 @@ void brise_step_sizes(const step *s, sizes *z) {
     z->gated = rows * s->inner;
     z->branch = rows * s->width;
     z->parts = s->texts * s->groups * parts_of(s) * part_size(s);
-    z->own = s->threads * own_size(s);
+    z->own = s->threads * own_size(s, most_ordered(s));
 }
 
 /* share `me` of `count` things */
 static ptrdiff_t share(ptrdiff_t count, ptrdiff_t me, ptrdiff_t threads) { return count * me / threads; }
-
-/* x [m][k] in the order of the product: as it is, or in `own` */
-static const void *ordered(const weight *w, const float *x, ptrdiff_t m, float *own) {
-    if (w->bits >= 8) return x; /* whole vectors, one code a word */
-    for (ptrdiff_t t = 0; t < m; t++) {
-        if (in_integers(w)) order_token_integers(FP32, w, x, t, (char *)own);
-        else order_token(FP32, w, x, t, own);
-    }
-    return own;
-}
-
-/* rows begin .. end of w times x, which is in its order, into out, `stride` numbers a token */
-static void multiply(const weight *w, const void *x, ptrdiff_t m, float *out, ptrdiff_t stride, ptrdiff_t begin,
-                     ptrdiff_t end) {
-    const cut c = cut_of(w);
-    const ptrdiff_t token = in_integers(w) ? integers_size(w) : ordered_size(w) * 4;
-    for (ptrdiff_t row = begin; row < end; row += STRIP)
-        rows_of(block_for(w), w, &c, x, token, m, out, stride, row, row + STRIP < end ? row + STRIP : end);
-}
 
 /* this thread's strips of n rows */
 static void own_rows(ptrdiff_t n, ptrdiff_t me, ptrdiff_t threads, ptrdiff_t *begin, ptrdiff_t *end) {
@@ -245,7 +232,13 @@ static void own_product(const weight *w, const float *x, ptrdiff_t m, float *own
                         ptrdiff_t me, ptrdiff_t threads) {
     ptrdiff_t begin, end;
     own_rows(w->n, me, threads, &begin, &end);
-    multiply(w, ordered(w, x, m, own), m, out, stride, begin, end);
+    const cut c = cut_of(w);
+    const int way = way_of(w, FP32);
+    const int needs_order = way == IN_TILES || w->bits < 8; /* widths are whole vectors, and of 8 bits lanes hold a code */
+    for (ptrdiff_t t = 0; t < m && needs_order; t++) order(w, way, FP32, x, m, t, own);
+    for (ptrdiff_t row = begin; row < end; row += STRIP)
+        rows_of(w, way, &c, needs_order ? own : x, m, out, stride, row,
+                row + STRIP < end ? row + STRIP : end);
 }
 
 /* x += w times from, each thread its columns */
@@ -275,13 +268,14 @@ static void gate(const step *s, const blocks_of_model *l, const float *x, float 
 
 void brise_step(const step *s) {
     const ptrdiff_t rows = s->texts * s->tokens, cut_row = (s->heads + 2 * s->groups) * s->head;
+    const ptrdiff_t ordered = most_ordered(s);
     ptrdiff_t numbers = 0;
     for (ptrdiff_t i = 0; i < s->layers; i++) numbers += (s->width + cut_row) * s->width + 3 * s->width * s->inner;
 #pragma omp parallel num_threads(s->threads) if (numbers * rows > 1 << 18)
     {
         const ptrdiff_t me = omp_get_thread_num(), threads = omp_get_num_threads();
-        float *normed = s->own + me * own_size(s), *own = normed + rows * s->width;
-        float *small = own + rows * widest(s);
+        float *normed = s->own + me * own_size(s, ordered), *own = normed + rows * s->width;
+        float *small = own + ordered;
         for (ptrdiff_t i = 0; i < s->layers; i++) {
             const blocks_of_model *l = s->blocks + i;
             norm(s->x, l->attention_norm, normed, rows, s->width, s->eps);

@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 
-from brise.kernels import native, ops, reference
+from brise.kernels import cpu, native, ops, reference
 from brise.kernels.budget import check_budget
 from brise.kernels.reference import Weight
 from brise.quant.config import QuantSpec
 from brise.quant.double_quant import dynamic_map
 from brise.quant.rtn import rtn
 
-KINDS = {"AVX512_BF16": 16, "AVX512": 16, "AVX2": 8}
+KINDS = {"AMX": 16, "AVX512_BF16": 16, "AVX512": 16, "AVX2": 8}
 # what this machine's processor can run
 RUNNABLE = list(KINDS)[list(KINDS).index(native.processor()) :] if native.processor() in KINDS else []
 CASES = [
@@ -23,7 +23,10 @@ CASES = [
     ("fp4", 32, True),
     ("int4", None, True),
     ("int4", 32, False),
+    ("int4", 64, True),
+    ("int4", 128, False),
     ("int8", 32, False),
+    ("int8", 128, True),
     ("int8", None, True),
     ("int3", None, True),
     ("int3", 32, False),
@@ -41,7 +44,7 @@ def library(request):
     if found is None:
         pytest.skip("there is no C compiler here")
     assert found.brise_lanes() == KINDS[request.param]
-    assert found.brise_has_bf16() == request.param.endswith("BF16")
+    assert found.brise_has_bf16() == (request.param in ("AMX", "AVX512_BF16"))
     return found
 
 
@@ -58,15 +61,15 @@ def weight(fmt, group, symmetric, n=37, k=768):
 @pytest.mark.parametrize("k", [768, 1216], ids=["short", "long"])
 @pytest.mark.parametrize("fmt, group, symmetric", CASES)
 def test_products_keep_the_budget_and_rows_know_nothing_of_one_another(library, fmt, group, symmetric, k):
-    """Long rows of integers are multiplied in integers where the processor can; 1216 ends within a chunk."""
+    """Long rows of integers are multiplied in integers where the processor can; 1216 ends within a chunk. Of tile
+    registers 23 rows are passes of 4, 2 or 1 and more than are multiplied at a time."""
     w = weight(fmt, group, symmetric, k=k + 64 * (group == 128 and k == 1216))
     dense = reference.dequantize(w, torch.float64)
-    x = torch.randn(11, w.shape[1])
+    x = torch.randn(23, w.shape[1])
     out = native.matmul(x, w, None, library)
     check_budget(out, x @ dense.float().T, x.double() @ dense.T, fmt)
-    for rows in (x[:1], x[3:5], x[4:11], x[:0]):
-        first = 0 if rows.shape[0] in (0, 1) else 3 if rows.shape[0] == 2 else 4
-        assert torch.equal(native.matmul(rows, w, None, library), out[first : first + rows.shape[0]])
+    for first, last in ((0, 1), (3, 5), (4, 7), (4, 11), (0, 0), (2, 22)):
+        assert torch.equal(native.matmul(x[first:last], w, None, library), out[first:last])
     turned = x.t().contiguous().t()
     assert torch.equal(native.matmul(turned, w, None, library), out), "strided activations"
 
@@ -114,13 +117,40 @@ def test_activations_of_every_size_in_integers(library, fmt, symmetric, dtype):
 
 
 def test_short_rows_are_added_up_in_fp32():
-    """Of so few channels fp32 makes the smaller error: there every kind has the same bits, beyond not."""
-    kinds = [native.library(kind) for kind in RUNNABLE if KINDS[kind] == 16]
+    """Of so few channels fp32 makes the smaller error than 24 bits: there both kinds have the same bits, beyond not."""
+    kinds = [native.library(kind) for kind in ("AVX512_BF16", "AVX512") if kind in RUNNABLE]
     if len(kinds) < 2 or None in kinds:
         pytest.skip("this processor has no products of bytes, or there is no C compiler here")
     for k, same in ((960, True), (1024, False)):
         w, x = weight("int4", 32, True, k=k), torch.randn(2, k)
         assert torch.equal(*(native.matmul(x, w, None, library) for library in kinds)) == same
+
+
+@pytest.mark.parametrize(
+    "fmt, group, parts",
+    [("int4", 32, 4), ("int4", 64, 2), ("int4", 128, 1), ("int4", 256, 1), ("int4", None, 1), ("int8", 16, 4)]
+    + [("int8", 32, 2), ("int8", 64, 1), ("int2", 64, 4), ("int2", 256, 1), ("int2", 32, 0), ("nf4", 64, 0)],
+)
+def test_which_weights_are_multiplied_by_tile_registers(library, fmt, group, parts):
+    w = weight(fmt, group, True, n=16, k=768)
+    rows = {1: 256, 2: 64, 4: 16}.get(parts, 48)
+    assert native.tile_parts(w, library) == (parts if library is native.library("AMX") else 0)
+    if library is native.library():
+        assert cpu.few_rows(w, torch.float32, library) == rows
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 50])
+@pytest.mark.parametrize("fmt, group", [("int4", 32), ("int4", None), ("int8", None), ("int2", 256)])
+def test_rows_of_unfinished_strips(library, fmt, group, n):
+    """Strips of fewer than 16 rows, and chunks that a row ends within; nothing behind the weight is read or used."""
+    w = weight(fmt, group, fmt != "int4", n=n + 50, k=1056 if group is None else 1024)
+    whole = reference.dequantize(w, torch.float64)
+    x = torch.randn(5, w.shape[1])
+    full = native.matmul(x, w, None, library)
+    part = dataclasses.replace(w, shape=(n, w.shape[1]), qweight=w.qweight[:n].clone(), scales=w.scales[:n].clone(),
+                               zeros=None if w.zeros is None else w.zeros[:n].clone())  # fmt: skip
+    assert torch.equal(native.matmul(x, part, None, library), full[:, :n])
+    check_budget(full, x @ whole.float().T, x.double() @ whole.T)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -15,7 +15,7 @@ from brise.quant.config import QuantSpec
 from brise.quant.double_quant import dynamic_map
 from brise.quant.rtn import rtn
 
-KINDS = ("AVX512_BF16", "AVX512", "AVX2")
+KINDS = ("AMX", "AVX512_BF16", "AVX512", "AVX2")
 RUNNABLE = KINDS[KINDS.index(native.processor()) :] if native.processor() in KINDS else ()
 NAMES = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
 NAMES |= {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
@@ -147,9 +147,10 @@ def test_texts_longer_than_a_segment(library):
     check_budget(out, case.oracle(x, torch.float32), case.oracle(x, torch.float64))
 
 
-def test_a_token_does_not_depend_on_what_it_is_computed_beside(library):
+@pytest.mark.parametrize("fmt", ["nf4", "int4"])
+def test_a_token_does_not_depend_on_what_it_is_computed_beside(library, fmt):
     """Texts of different lengths, some at rest, and other numbers of threads: the same bits as alone."""
-    spec = QuantSpec(format="nf4", group_size=64)
+    spec = QuantSpec(format=fmt, group_size=64)
     case = Case(library, spec, window=6, inner=1152, width=384)
     texts = [torch.randn(n, 384) for n in (12, 3, 7, 9, 1, 5, 2, 8, 4, 6)]
     rings = case.rings(len(texts), 6)
