@@ -34,9 +34,11 @@ _MANY_ROWS = 32
 _FEW_ROWS = (48, 16)
 # and where torch's bf16 product is fast
 _FEW_ROWS_BF16 = (16, 4)
-# and by tile registers, by the groups of a chunk (native_tiles.h), as fewer tokens share a register then
-_FEW_ROWS_TILES = {1: 256, 2: 64, 4: 16}
-_FEW_ROWS_TILES_BF16 = {1: 64, 2: 32, 4: 16}
+# and by tile registers (native_tiles.h), by the groups of a chunk, as fewer tokens share a register then: of integers, with
+# x in bf16, and of values in bf16
+_FEW_ROWS_TILES = {1: 256, 2: 64}
+_FEW_ROWS_TILES_BF16 = {1: 64, 2: 16}
+_FEW_ROWS_VALUES = {1: 256, 2: 32, 4: 32}
 # input channels from which int4 is two products
 _WIDE = 256
 # rows up to which torch's int8 product is faster than decoding the weight once for all of them
@@ -53,7 +55,7 @@ def matmul(x: Tensor, w: Weight, bias: Tensor | None = None, batch_invariant: bo
     rows."""
     compiled = compiled_for(w, x.dtype)
     if compiled is not None and (batch_invariant or x.shape[0] <= few_rows(w, x.dtype, compiled)):
-        return native.matmul(x, w, bias, compiled)
+        return native.matmul(x, w, bias, compiled, batch_invariant)
     if _takes_int8pack(x, w, batch_invariant):
         return _int8pack(x, w, bias, batch_invariant)
     return _in_blocks(x, w, bias, batch_invariant, compiled)
@@ -62,9 +64,10 @@ def matmul(x: Tensor, w: Weight, bias: Tensor | None = None, batch_invariant: bo
 def few_rows(w: Weight, dtype: torch.dtype, compiled: CDLL) -> int:
     """Rows of ``dtype`` up to which the compiled product is the faster one."""
     fast = dtype == torch.bfloat16 and _has_bf16_products()
-    parts = native.tile_parts(w, compiled)
+    parts = native.tile_parts(w, dtype, compiled)
     if parts:
-        return (_FEW_ROWS_TILES_BF16 if fast else _FEW_ROWS_TILES)[parts]
+        values = w.format in reference.CODEBOOKS
+        return (_FEW_ROWS_VALUES if values else _FEW_ROWS_TILES_BF16 if fast else _FEW_ROWS_TILES)[parts]
     return (_FEW_ROWS_BF16 if fast else _FEW_ROWS)[w.format == "int8"]
 
 

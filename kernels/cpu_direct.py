@@ -41,6 +41,6 @@ class Direct:
             most is not None and native.active() is self.compiled and (batch_invariant or x.numel() <= most)
         )
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None, batch_invariant: bool) -> Tensor:
         """x [..., K] on the CPU @ W^T (+ bias [N]) -> [..., N] in x's dtype, the bits of :func:`.cpu.matmul`."""
-        return native.multiply(x, self.described, self.shape, bias, self.compiled)
+        return native.multiply(x, self.described, self.shape, bias, self.compiled, batch_invariant)

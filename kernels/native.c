@@ -8,6 +8,7 @@
 #include "native_weights.h"
 #include "native_products.h"
 #include "native_integers.h"
+#include "native_tile_x.h"
 #include "native_tiles.h"
 
 int brise_lanes(void) { return LANES; }
@@ -21,8 +22,7 @@ int brise_has_bf16(void) { return 0; }
 #include "native_rows.h"
 #include "native_step.h"
 
-/* groups of a chunk of a weight that is multiplied by tile registers; 0 of another */
-int brise_tile_parts(const weight *w) { return in_tiles(w) ? tiling_of(w, 1).parts : 0; }
+int brise_tile_parts(const weight *w, int kind) { return tile_parts(w, kind); }
 
 INLINE void put(int kind, void *out, ptrdiff_t at, vec v) {
     if (kind == FP32) store((float *)out + at, v);
@@ -31,9 +31,9 @@ INLINE void put(int kind, void *out, ptrdiff_t at, vec v) {
 }
 
 /* x [M][K] times w, plus an fp32 bias [N] where there is one -> out [M][N], both of a kind; 1 where there is no memory for
-   it */
-int brise_matmul(const weight *w, const void *x, const float *bias, void *out, ptrdiff_t m, int kind) {
-    const int way = way_of(w, kind), direct = kind == FP32 && !bias;
+   it. Rows `alone` do not depend on one another, in any bit. */
+int brise_matmul(const weight *w, const void *x, const float *bias, void *out, ptrdiff_t m, int kind, int alone) {
+    const int way = way_of(w, kind, m, alone), direct = kind == FP32 && !bias;
     const ptrdiff_t size = x_size(w, way, m);
     char *ordered_x = malloc(size + (direct ? 0 : m * w->n * 4) + 1);
     if (!ordered_x) return 1;

@@ -32,14 +32,14 @@ __all__ = ["DTYPES", "decodes", "described", "stored", "takes"]
 
 SOURCE = Path(__file__).with_suffix(".c")
 # all that a library is made of
-_PARTS = ("vectors", "weights", "products", "integers", "tiles", "rows", "step")
+_PARTS = ("vectors", "weights", "products", "integers", "tile_x", "tiles", "rows", "step")
 SOURCES = (SOURCE, *(SOURCE.with_name(f"native_{part}.h") for part in _PARTS))
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c")
 # every processor with the one has the other
 _AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
 # what the compiler may use, by what torch finds on this processor
 _FLAGS = {
-    "AMX": (*_AVX512_BF16, "-mamx-tile", "-mamx-int8"),
+    "AMX": (*_AVX512_BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
     "AVX512_BF16": _AVX512_BF16,
     "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -144,8 +144,8 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     if found is None:
         return None
     pointer, size, weight = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.POINTER(NativeWeight)
-    found.brise_matmul.argtypes = [weight, *[pointer] * 3, size, ctypes.c_int]
-    found.brise_tile_parts.argtypes = [weight]
+    found.brise_matmul.argtypes = [weight, *[pointer] * 3, size, ctypes.c_int, ctypes.c_int]
+    found.brise_tile_parts.argtypes = [weight, ctypes.c_int]
     found.brise_decode.argtypes = [weight, pointer, size, size, ctypes.c_int]
     found.brise_dense.argtypes = [pointer] * 3 + [size] * 3
     found.brise_rms_norm.argtypes = [pointer] * 5 + [size] * 2 + [ctypes.c_double]
@@ -155,24 +155,33 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     return found
 
 
-def tile_parts(w: Weight, library: ctypes.CDLL) -> int:
-    """Groups of a chunk of 64 bytes where products of this weight are made by tile registers; 0 where not."""
-    return int(library.brise_tile_parts(described(stored(w))))
+def tile_parts(w: Weight, dtype: torch.dtype, library: ctypes.CDLL) -> int:
+    """Groups of a chunk of 64 bytes where tile registers (AMX) multiply this weight with x of ``dtype``; 0 where not."""
+    return int(library.brise_tile_parts(described(stored(w)), DTYPES[dtype]))
 
 
-def matmul(x: Tensor, w: Weight, bias: Tensor | None, library: ctypes.CDLL) -> Tensor:
-    """x [M, K] times W^T (+ bias [N]) -> [M, N] in x's dtype; a row depends on no other row, in any bit.
+def matmul(
+    x: Tensor, w: Weight, bias: Tensor | None, library: ctypes.CDLL, batch_invariant: bool = False
+) -> Tensor:
+    """x [M, K] times W^T (+ bias [N]) -> [M, N] in x's dtype; with ``batch_invariant`` a row depends on no other row, in
+    any bit.
 
-    Computed in fp32 and rounded once. Where the processor adds up products of bytes, integers of 2 and 4 bits are
-    multiplied in integers, x rounded to 24 bits of the largest in a few channels; where it multiplies bf16, nf4 and fp4
-    of bf16 activations with the format's values in bf16. Sums are fp32 in either.
+    Computed in fp32 and rounded once. Where the processor adds up products of bytes, integers of 2, 4 and by tile
+    registers 8 bits are multiplied in integers, x rounded to 24 bits of the largest in a few channels, or 26 and more of
+    a group; where it multiplies bf16, nf4 and fp4 of bf16 activations with the format's values in bf16. Sums are fp32
+    in either.
     """
     w = stored(w)
-    return multiply(x, described(w), w.shape, bias, library)
+    return multiply(x, described(w), w.shape, bias, library, batch_invariant)
 
 
 def multiply(
-    x: Tensor, w: NativeWeight, shape: tuple[int, int], bias: Tensor | None, library: ctypes.CDLL
+    x: Tensor,
+    w: NativeWeight,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    library: ctypes.CDLL,
+    batch_invariant: bool,
 ) -> Tensor:
     """As :func:`matmul` of x [..., K], with a weight [N, K] that has been described; its tensors are the caller's to
     hold."""
@@ -182,7 +191,8 @@ def multiply(
         bias = bias.to(torch.float32).contiguous()
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     added = None if bias is None else bias.data_ptr()
-    if library.brise_matmul(w, x.data_ptr(), added, out.data_ptr(), x.numel() // k, DTYPES[x.dtype]):
+    rows, kind = x.numel() // k, DTYPES[x.dtype]
+    if library.brise_matmul(w, x.data_ptr(), added, out.data_ptr(), rows, kind, batch_invariant):
         raise MemoryError(f"no memory for the activations {list(x.shape)} in the order of the product")
     return out
 

@@ -3,9 +3,10 @@
 /* AS_IT_IS: of a dense weight, whose x needs no order */
 enum { AS_IT_IS, IN_FP32, IN_BF16, IN_INTEGERS, IN_TILES };
 
-static int way_of(const weight *w, int kind) {
+/* of m tokens of x of a kind; each `alone`: in no bit dependent on the others, nor on how many there are */
+static int way_of(const weight *w, int kind, ptrdiff_t m, int alone) {
     if (w->bits == 32) return AS_IT_IS;
-    if (in_tiles(w)) return IN_TILES;
+    if (in_tiles(w, kind, m, alone)) return IN_TILES;
     if (in_integers(w)) return IN_INTEGERS;
     return kind == BF16 && w->bits == 4 && !w->zero && brise_has_bf16() ? IN_BF16 : IN_FP32;
 }

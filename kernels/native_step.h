@@ -46,12 +46,13 @@ static ptrdiff_t part_size(const step *s) { return queries_of(s) * (2 + s->head)
 
 /* a thread's own: x normed, x in the order of a product, a query, scores, what slots hold */
 static ptrdiff_t most_ordered(const step *s) {
+    const ptrdiff_t rows = s->texts * s->tokens;
     ptrdiff_t most = 0;
     for (ptrdiff_t i = 0; i < s->layers; i++) {
         const blocks_of_model *l = s->blocks + i;
         const weight *all_weights[7] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
         for (int j = 0; j < 7; j++) {
-            const ptrdiff_t size = x_size(all_weights[j], way_of(all_weights[j], FP32), s->texts * s->tokens) / 4;
+            const ptrdiff_t size = x_size(all_weights[j], way_of(all_weights[j], FP32, rows, 1), rows) / 4;
             if (size > most) most = size;
         }
     }
@@ -233,7 +234,7 @@ static void own_product(const weight *w, const float *x, ptrdiff_t m, float *own
     ptrdiff_t begin, end;
     own_rows(w->n, me, threads, &begin, &end);
     const cut c = cut_of(w);
-    const int way = way_of(w, FP32);
+    const int way = way_of(w, FP32, m, 1);
     const int needs_order = way == IN_TILES || w->bits < 8; /* widths are whole vectors, and of 8 bits lanes hold a code */
     for (ptrdiff_t t = 0; t < m && needs_order; t++) order(w, way, FP32, x, m, t, own);
     for (ptrdiff_t row = begin; row < end; row += STRIP)

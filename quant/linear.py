@@ -140,7 +140,7 @@ class QuantLinear(_Quantized, nn.Linear):
             raise ValueError(f"expected an input [..., {self.in_features}], got {list(x.shape)}")
         if needs_no_op(x, self.bias) and self._multiplies_directly(x):
             assert self._direct is not None
-            return self._direct(x, self.bias)
+            return self._direct(x, self.bias, self.batch_invariant)
         if self.spec.format in IMPORTED:  # no kernel knows those
             weight = self.quantized().dequantize(x.dtype)
             return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))

@@ -58,20 +58,24 @@ def weight(fmt, group, symmetric, n=37, k=768):
     return Weight(fmt, (n, k), **q.tensors, scales_map=values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [768, 1216], ids=["short", "long"])
 @pytest.mark.parametrize("fmt, group, symmetric", CASES)
-def test_products_keep_the_budget_and_rows_know_nothing_of_one_another(library, fmt, group, symmetric, k):
+def test_products_keep_the_budget_and_rows_know_nothing_of_one_another(
+    library, fmt, group, symmetric, k, dtype
+):
     """Long rows of integers are multiplied in integers where the processor can; 1216 ends within a chunk. Of tile
     registers 23 rows are passes of 4, 2 or 1 and more than are multiplied at a time."""
     w = weight(fmt, group, symmetric, k=k + 64 * (group == 128 and k == 1216))
     dense = reference.dequantize(w, torch.float64)
-    x = torch.randn(23, w.shape[1])
-    out = native.matmul(x, w, None, library)
-    check_budget(out, x @ dense.float().T, x.double() @ dense.T, fmt)
+    x = torch.randn(23, w.shape[1]).to(dtype)
+    for alone in (False, True):
+        out = native.matmul(x, w, None, library, alone)
+        check_budget(out, x @ dense.to(dtype).T, x.double() @ dense.T, fmt)
+        turned = x.t().contiguous().t()
+        assert torch.equal(native.matmul(turned, w, None, library, alone), out), "strided activations"
     for first, last in ((0, 1), (3, 5), (4, 7), (4, 11), (0, 0), (2, 22)):
-        assert torch.equal(native.matmul(x[first:last], w, None, library), out[first:last])
-    turned = x.t().contiguous().t()
-    assert torch.equal(native.matmul(turned, w, None, library), out), "strided activations"
+        assert torch.equal(native.matmul(x[first:last], w, None, library, True), out[first:last])
 
 
 @pytest.mark.parametrize("dtype", list(native.DTYPES))
@@ -83,11 +87,12 @@ def test_decoded_to_the_bit(library, fmt, group, symmetric, dtype):
 
 
 @pytest.mark.parametrize("dtype", list(native.DTYPES))
+@pytest.mark.parametrize("group", [32, 256])
 @pytest.mark.parametrize("fmt, symmetric", [("int4", True), ("int4", False), ("int2", True), ("int2", False)])
-def test_activations_of_every_size_in_integers(library, fmt, symmetric, dtype):
-    """Each lane has a power of 2 of its own: between the least and the largest numbers, and just where a byte would not
-    hold what is rounded up; what is no finite number makes its row nan, and no other."""
-    w = weight(fmt, 32, symmetric, n=20, k=1024)
+def test_activations_of_every_size_in_integers(library, fmt, symmetric, group, dtype):
+    """Each lane, or group, has a power of 2 of its own: between the least and the largest numbers, and just where a byte
+    would not hold what is rounded up; what is no finite number makes its row nan, and no other."""
+    w = weight(fmt, group, symmetric, n=100, k=1024)
     dense = reference.dequantize(w, torch.float64)
     largest = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: 2.0**10}[dtype]
     sizes = torch.tensor([2.0**-100, 2.0**-20, 1.0, largest])
@@ -128,29 +133,70 @@ def test_short_rows_are_added_up_in_fp32():
 
 @pytest.mark.parametrize(
     "fmt, group, parts",
-    [("int4", 32, 4), ("int4", 64, 2), ("int4", 128, 1), ("int4", 256, 1), ("int4", None, 1), ("int8", 16, 4)]
-    + [("int8", 32, 2), ("int8", 64, 1), ("int2", 64, 4), ("int2", 256, 1), ("int2", 32, 0), ("nf4", 64, 0)],
+    [("int4", 32, 0), ("int4", 64, 2), ("int4", 128, 1), ("int4", 256, 1), ("int4", None, 1), ("int8", 16, 0)]
+    + [("int8", 32, 2), ("int8", 64, 1), ("int2", 64, 0), ("int2", 256, 1), ("int2", 32, 0), ("nf4", 64, 0)],
 )
 def test_which_weights_are_multiplied_by_tile_registers(library, fmt, group, parts):
     w = weight(fmt, group, True, n=16, k=768)
-    rows = {1: 256, 2: 64, 4: 16}.get(parts, 48)
-    assert native.tile_parts(w, library) == (parts if library is native.library("AMX") else 0)
-    if library is native.library():
+    rows = {1: 256, 2: 64}.get(parts, 16 if fmt == "int8" else 48)
+    tiles = library is native.library("AMX")
+    assert native.tile_parts(w, torch.float32, library) == (parts if tiles else 0)
+    assert native.tile_parts(w, torch.bfloat16, library) == ((2 if fmt == "nf4" else parts) if tiles else 0)
+    if tiles and library is native.library():
         assert cpu.few_rows(w, torch.float32, library) == rows
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 50])
-@pytest.mark.parametrize("fmt, group", [("int4", 32), ("int4", None), ("int8", None), ("int2", 256)])
+@pytest.mark.parametrize(
+    "fmt, group", [("int4", 32), ("int4", None), ("int8", None), ("int2", 256), ("nf4", 32)]
+)
 def test_rows_of_unfinished_strips(library, fmt, group, n):
     """Strips of fewer than 16 rows, and chunks that a row ends within; nothing behind the weight is read or used."""
-    w = weight(fmt, group, fmt != "int4", n=n + 50, k=1056 if group is None else 1024)
+    w = weight(fmt, group, fmt != "int4", n=n + 50, k=1056 if group in (None, 32) else 1024)
     whole = reference.dequantize(w, torch.float64)
-    x = torch.randn(5, w.shape[1])
+    x = torch.randn(5, w.shape[1]).to(torch.bfloat16 if fmt == "nf4" else torch.float32)
     full = native.matmul(x, w, None, library)
     part = dataclasses.replace(w, shape=(n, w.shape[1]), qweight=w.qweight[:n].clone(), scales=w.scales[:n].clone(),
                                zeros=None if w.zeros is None else w.zeros[:n].clone())  # fmt: skip
     assert torch.equal(native.matmul(x, part, None, library), full[:, :n])
-    check_budget(full, x @ whole.float().T, x.double() @ whole.T)
+    check_budget(full, x @ whole.to(x.dtype).T, x.double() @ whole.T)
+
+
+BEHIND = """
+import ctypes, mmap, sys, torch
+from brise.kernels import native
+from brise.kernels.reference import Weight
+from brise.quant.config import QuantSpec
+from brise.quant.rtn import rtn
+
+libc = ctypes.CDLL(None)
+
+def at_the_end(tensor):
+    size = tensor.numel() * tensor.element_size()
+    whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    held = mmap.mmap(-1, whole + mmap.PAGESIZE)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(held))
+    assert not libc.mprotect(ctypes.c_void_p(place + whole), mmap.PAGESIZE, 0)
+    out = torch.frombuffer(held, dtype=tensor.dtype, count=tensor.numel(), offset=whole - size).view(tensor.shape)
+    return out.copy_(tensor)
+
+for fmt in ("int2", "int3", "int4", "int8", "nf4"):
+    for group in (None, 64):
+        spec = QuantSpec(format=fmt, group_size=group, symmetric=group is None or fmt == "nf4")
+        for n, k in ((16, 1024), (19, 1024), (16, 1088), (3, 1088)):
+            q = rtn(torch.randn(n, k), spec)
+            w = Weight(fmt, (n, k), **{name: at_the_end(t) for name, t in q.tensors.items()})
+            for dtype in native.DTYPES:
+                for rows in (1, 5):
+                    x = at_the_end(torch.randn(rows, k).to(dtype))
+                    native.matmul(x, w, None, native.library(sys.argv[1]))
+"""
+
+
+def test_nothing_behind_a_weight_or_activations_is_read(library):
+    """All end where the memory does: who reads on is ended by the system."""
+    kind = next(kind for kind in RUNNABLE if native.library(kind) is library)
+    subprocess.run([sys.executable, "-c", BEHIND, kind], check=True, timeout=300)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
