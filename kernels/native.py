@@ -156,20 +156,20 @@ def _built(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
 
 
 def tile_parts(w: Weight, dtype: torch.dtype, library: ctypes.CDLL) -> int:
-    """Groups of a chunk of 64 bytes where tile registers (AMX) multiply this weight with x of ``dtype``; 0 where not."""
+    """Groups of a chunk of 64 bytes where tile registers (AMX) multiply this weight with x of ``dtype``; else 0."""
     return int(library.brise_tile_parts(described(stored(w)), DTYPES[dtype]))
 
 
 def matmul(
     x: Tensor, w: Weight, bias: Tensor | None, library: ctypes.CDLL, batch_invariant: bool = False
 ) -> Tensor:
-    """x [M, K] times W^T (+ bias [N]) -> [M, N] in x's dtype; with ``batch_invariant`` a row depends on no other row, in
-    any bit.
+    """x [M, K] times W^T (+ bias [N]) -> [M, N] in x's dtype; with ``batch_invariant`` a row depends on no other row,
+    in any bit.
 
     Computed in fp32 and rounded once. Where the processor adds up products of bytes, integers of 2, 4 and by tile
-    registers 8 bits are multiplied in integers, x rounded to 24 bits of the largest in a few channels, or 26 and more of
-    a group; where it multiplies bf16, nf4 and fp4 of bf16 activations with the format's values in bf16. Sums are fp32
-    in either.
+    registers 8 bits are multiplied in integers, x rounded to 24 bits of the largest in a few channels, or 26 and more
+    of a group; where it multiplies bf16, nf4 and fp4 of bf16 activations with the format's values in bf16. Sums are
+    fp32 in either.
     """
     w = stored(w)
     return multiply(x, described(w), w.shape, bias, library, batch_invariant)

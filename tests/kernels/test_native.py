@@ -90,8 +90,8 @@ def test_decoded_to_the_bit(library, fmt, group, symmetric, dtype):
 @pytest.mark.parametrize("group", [32, 256])
 @pytest.mark.parametrize("fmt, symmetric", [("int4", True), ("int4", False), ("int2", True), ("int2", False)])
 def test_activations_of_every_size_in_integers(library, fmt, symmetric, group, dtype):
-    """Each lane, or group, has a power of 2 of its own: between the least and the largest numbers, and just where a byte
-    would not hold what is rounded up; what is no finite number makes its row nan, and no other."""
+    """Each lane, or group, has a power of 2 of its own: between the least and the largest numbers, and just where a
+    byte would not hold what is rounded up; what is no finite number makes its row nan, and no other."""
     w = weight(fmt, group, symmetric, n=100, k=1024)
     dense = reference.dequantize(w, torch.float64)
     largest = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: 2.0**10}[dtype]
@@ -133,8 +133,20 @@ def test_short_rows_are_added_up_in_fp32():
 
 @pytest.mark.parametrize(
     "fmt, group, parts",
-    [("int4", 32, 0), ("int4", 64, 2), ("int4", 128, 1), ("int4", 256, 1), ("int4", None, 1), ("int8", 16, 0)]
-    + [("int8", 32, 2), ("int8", 64, 1), ("int2", 64, 0), ("int2", 256, 1), ("int2", 32, 0), ("nf4", 64, 0)],
+    [
+        ("int4", 32, 0),
+        ("int4", 64, 2),
+        ("int4", 128, 1),
+        ("int4", 256, 1),
+        ("int4", None, 1),
+        ("int8", 16, 0),
+        ("int8", 32, 2),
+        ("int8", 64, 1),
+        ("int2", 64, 0),
+        ("int2", 256, 1),
+        ("int2", 32, 0),
+        ("nf4", 64, 0),
+    ],
 )
 def test_which_weights_are_multiplied_by_tile_registers(library, fmt, group, parts):
     w = weight(fmt, group, True, n=16, k=768)
