@@ -9,9 +9,8 @@ make torch's own elementwise operators fast enough at it (measured on AVX-512, o
 and int2 look up four weights at a time (nf4 in a table of 65536: 0.6 ns a weight, 0.4 where its values may be
 fp16; byte pairs 0.7, a gather of single codes 1.5); 4-bit integers are never interleaved, the even and the
 odd channels are two products; and uint8 -> float copies run at 0.2 ns a weight where uint8 -> int32 takes 2.
-int4 under bf16 activations
-uses torch's packed int4 product, which is an order of magnitude faster still (in fp32 and fp16 that
-operator is scalar code and is not used), and int8 its int8 product.
+int4 under bf16 activations uses torch's packed int4 product, which is an order of magnitude faster still (in fp32 and
+fp16 that operator is scalar code and is not used), and int8 its int8 product.
 """
 
 from __future__ import annotations
