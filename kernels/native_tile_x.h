@@ -164,7 +164,7 @@ static void order_token_tiles(int kind, const weight *w, const void *x, ptrdiff_
     if (w->integers) order_digits(kind, w, &t, x, lane, own);
     else order_pairs(w, &t, x, lane, own);
     if (token < m - 1) return;
-    /* lanes of no token */
+    /* lanes of no token, whose results no one reads: but what lay there could be numbers that take long */
     for (ptrdiff_t c = 0; c < t.chunks; c++, own += t.record)
         for (int i = lane + one; i < t.lanes; i++) {
             for (int row = 0; row < 16 * t.phases; row++) ((uint32_t *)(own + header))[row * t.lanes + i] = 0;

@@ -11,8 +11,8 @@
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
 
-/* passes at a time, a register each for their results; bytes of a register; and how far ahead codes are asked for */
-enum { PASSES = 4, TILE = 1024, AHEAD = 1 << 16 };
+/* passes at a time, a register each for their results; and the bytes of a register */
+enum { PASSES = 4, TILE = 1024 };
 
 /* tiles 0 to 3 take results, 4 and 5 codes, 6 and 7 digits */
 static void configure(int lanes) {
@@ -33,6 +33,7 @@ enum { BYTES = 1, HALVES = 2, QUARTERS = 4, VALUES = 0 };
 INLINE void unpack(int form, int copies, const uint8_t *p, ptrdiff_t row, int rows, __mmask64 there, ivec values,
                    uint8_t *tiles) {
     for (int r = 0; r < rows; r++, p += row, tiles += 64) {
+        __builtin_prefetch(p + 16 * row, 0, 2); /* the next strip */
         if (form == BYTES && !copies) continue;
         const ivec codes = there == ~(__mmask64)0 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(there, p);
         if ((form == BYTES || form == HALVES) && copies) _mm512_store_si512(tiles, codes);
@@ -83,17 +84,26 @@ INLINE void multiply_tiles(int form, int passes, const uint8_t *first, ptrdiff_t
 }
 
 /* parameters [rows][G] of a strip -> [G / parts][16 rows][parts], zeros where there are none */
-INLINE void entry_of(int parts, ptrdiff_t groups, const float *from, float *to) {
-    for (int r = 0; r < 16; r++) memcpy(to + r * parts, from + r * groups, parts * sizeof *to);
-}
 static void by_chunk(int parts, ptrdiff_t groups, ptrdiff_t rows, const float *from, float *to) {
     for (ptrdiff_t g = 0; g < groups; g += parts, to += 16 * parts) {
         if (rows < 16 || g + parts > groups)
             for (ptrdiff_t i = 0; i < 16 * parts; i++)
                 to[i] = i / parts < rows && g + i % parts < groups ? from[i / parts * groups + g + i % parts] : 0;
-        else if (parts == 1) entry_of(1, groups, from + g, to);
-        else if (parts == 2) entry_of(2, groups, from + g, to);
-        else entry_of(4, groups, from + g, to);
+        else if (parts == 4)
+            for (int r = 0; r < 16; r++) _mm_storeu_ps(to + 4 * r, _mm_loadu_ps(from + r * groups + g));
+        else if (parts == 2)
+            for (int r = 0; r < 16; r++) memcpy(to + 2 * r, from + r * groups + g, 8);
+        else if ((g | 3) >= groups)
+            for (int r = 0; r < 16; r++) to[r] = from[r * groups + g];
+        else if (g % 4 == 0) /* four at a time, of four rows */
+            for (int r = 0; r < 16; r += 4) {
+                const float *p = from + r * groups + g;
+                __m128 a = _mm_loadu_ps(p), b = _mm_loadu_ps(p + groups), c = _mm_loadu_ps(p + 2 * groups);
+                __m128 d = _mm_loadu_ps(p + 3 * groups);
+                _MM_TRANSPOSE4_PS(a, b, c, d);
+                _mm_storeu_ps(to + r, a), _mm_storeu_ps(to + 16 + r, b);
+                _mm_storeu_ps(to + 32 + r, c), _mm_storeu_ps(to + 48 + r, d);
+            }
     }
 }
 
@@ -121,8 +131,9 @@ INLINE void add_up(int form, int lanes, int passes, const void *found, const cha
    its codes are unpacked, then multiplied, then added up. */
 INLINE void strip_of_tiles(int form, int lanes, const weight *w, const tiling *t, const char *x, int passes, ptrdiff_t n,
                            int rows, const float *scale, const float *zero, float *sums) {
-    uint8_t tiles[2][4 * TILE] __attribute__((aligned(64)));
-    float found[2][PASSES * 16 * LANES] __attribute__((aligned(64))); /* of integers, int32 */
+    /* what is read and what is written at a time does not lie whole pages apart, which the processor takes for the same */
+    uint8_t tiles[2][5 * TILE + 512] __attribute__((aligned(64)));
+    float found[2][PASSES * 16 * LANES + 512] __attribute__((aligned(64))); /* of integers, int32 */
     const ptrdiff_t row = w->k * w->bits / 8;
     const uint8_t *codes = (const uint8_t *)w->codes + n * row;
     if (rows < 16) memset(tiles, 0, sizeof tiles);
@@ -144,7 +155,6 @@ INLINE void strip_of_tiles(int form, int lanes, const weight *w, const tiling *t
                            t->pass, lanes, found[(c - 1) & 1]);
         }
         if (c < t->chunks) {
-            for (int line = 0; line < 16; line++) __builtin_prefetch(codes + AHEAD + (c * 16 + line) * 64, 0, 2);
             const ptrdiff_t left = row - c * 64;
             const __mmask64 there = left < 64 ? ((__mmask64)1 << left) - 1 : ~(__mmask64)0;
             if (c < whole_chunks) unpack(form, 0, codes + c * 64, row, 16, ~(__mmask64)0, values, tiles[c & 1]);
@@ -158,10 +168,11 @@ INLINE void strip_of_tiles(int form, int lanes, const weight *w, const tiling *t
     }
 }
 
+/* with fewer lanes than a register has there is one pass */
 #define OF_LANES(FORM) \
     do { \
-        if (t->lanes == 4) strip_of_tiles(FORM, 4, w, t, x, passes, n, rows, scale, zero, sums); \
-        else if (t->lanes == 8) strip_of_tiles(FORM, 8, w, t, x, passes, n, rows, scale, zero, sums); \
+        if (t->lanes == 4) strip_of_tiles(FORM, 4, w, t, x, 1, n, rows, scale, zero, sums); \
+        else if (t->lanes == 8) strip_of_tiles(FORM, 8, w, t, x, 1, n, rows, scale, zero, sums); \
         else strip_of_tiles(FORM, 16, w, t, x, passes, n, rows, scale, zero, sums); \
     } while (0)
 static void any_strip(const weight *w, const tiling *t, const char *x, int passes, ptrdiff_t n, int rows,
