@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -39,10 +40,16 @@ class Spread:
 
 
 def take_turns(operations: dict[str, Callable[[], Any]], repeats: int) -> list[list[float]]:
-    """Seconds of every timed turn, a list a side. Who goes first changes from turn to turn."""
+    """Seconds of every timed turn, a list a side. Who follows whom changes from turn to turn, and no side follows itself
+    where there are others: it would find the caches as it left them."""
     times: dict[str, list[float]] = {side: [] for side in operations}
+    chance, order = random.Random(0), list(operations)
     for turn in range(WARMUP + repeats):
-        for side in operations if turn % 2 else reversed(operations):
+        last = order[-1]
+        chance.shuffle(order)
+        if order[0] == last:
+            order.reverse()
+        for side in order:
             begin = time.perf_counter()
             operations[side]()
             seconds = time.perf_counter() - begin
