@@ -40,8 +40,8 @@ class Spread:
 
 
 def take_turns(operations: dict[str, Callable[[], Any]], repeats: int) -> list[list[float]]:
-    """Seconds of every timed turn, a list a side. Who follows whom changes from turn to turn, and no side follows itself
-    where there are others: it would find the caches as it left them."""
+    """Seconds of every timed turn, a list a side. Who follows whom changes from turn to turn, and no side follows
+    itself where there are others: it would find the caches as it left them."""
     times: dict[str, list[float]] = {side: [] for side in operations}
     chance, order = random.Random(0), list(operations)
     for turn in range(WARMUP + repeats):
