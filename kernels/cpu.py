@@ -34,10 +34,11 @@ _FEW_ROWS = (48, 16)
 # and where torch's bf16 product is fast
 _FEW_ROWS_BF16 = (16, 4)
 # and by tile registers (native_tiles.h), by the groups of a chunk, as fewer tokens share a register then: of integers,
-# with x in bf16, and of values in bf16
-_FEW_ROWS_TILES = {1: 256, 2: 64}
+# with x in bf16, and of values in bf16; of one scale a row, which is multiplied once, at any number or, in bf16, at more
+_FEW_ROWS_TILES = {1: 1 << 30, 2: 64}
 _FEW_ROWS_TILES_BF16 = {1: 64, 2: 16}
-_FEW_ROWS_VALUES = {1: 256, 2: 32, 4: 32}
+_FEW_ROWS_TILES_BF16_ONE_SCALE = 256
+_FEW_ROWS_VALUES = {1: 512, 2: 64, 4: 32}
 # input channels from which int4 is two products
 _WIDE = 256
 # rows up to which torch's int8 product is faster than decoding the weight once for all of them
@@ -65,8 +66,11 @@ def few_rows(w: Weight, dtype: torch.dtype, compiled: CDLL) -> int:
     fast = dtype == torch.bfloat16 and _has_bf16_products()
     parts = native.tile_parts(w, dtype, compiled)
     if parts:
-        values = w.format in reference.CODEBOOKS
-        return (_FEW_ROWS_VALUES if values else _FEW_ROWS_TILES_BF16 if fast else _FEW_ROWS_TILES)[parts]
+        if w.format in reference.CODEBOOKS:
+            return _FEW_ROWS_VALUES[parts]
+        if fast and w.groups == 1:
+            return _FEW_ROWS_TILES_BF16_ONE_SCALE
+        return (_FEW_ROWS_TILES_BF16 if fast else _FEW_ROWS_TILES)[parts]
     return (_FEW_ROWS_BF16 if fast else _FEW_ROWS)[w.format == "int8"]
 
 

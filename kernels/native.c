@@ -30,20 +30,11 @@ INLINE void put(int kind, void *out, ptrdiff_t at, vec v) {
     else store_fp16((uint16_t *)out + at, v);
 }
 
-/* x [M][K] times w, plus an fp32 bias [N] where there is one -> out [M][N], both of a kind; 1 where there is no memory for
-   it. Rows `alone` do not depend on one another, in any bit. */
-int brise_matmul(const weight *w, const void *x, const float *bias, void *out, ptrdiff_t m, int kind, int alone) {
-    const int way = way_of(w, kind, m, alone), direct = kind == FP32 && !bias;
-    const ptrdiff_t size = x_size(w, way, m);
-    char *ordered_x = malloc(size + (direct ? 0 : m * w->n * 4) + 1);
-    if (!ordered_x) return 1;
-    float *sums = direct ? out : (float *)(ordered_x + size);
-#pragma omp parallel for schedule(static) if (m * w->k > 1 << 15)
-    for (ptrdiff_t t = 0; t < m; t++) order(w, way, kind, x, m, t, ordered_x);
-    all_rows(w, way, ordered_x, m, sums);
-    for (ptrdiff_t t = 0; t < m && !direct; t++)
-        for (ptrdiff_t n = 0; n < w->n; n += LANES) {
-            const ptrdiff_t at = t * w->n + n, left = w->n - n;
+/* sums fp32 [M][N] plus an fp32 bias [N] where there is one -> out [M][N] of a kind */
+static void finish(const float *sums, const float *bias, void *out, ptrdiff_t m, ptrdiff_t size, int kind) {
+    for (ptrdiff_t t = 0; t < m; t++)
+        for (ptrdiff_t n = 0; n < size; n += LANES) {
+            const ptrdiff_t at = t * size + n, left = size - n;
             if (left >= LANES) {
                 const vec sum = load(sums + at);
                 put(kind, out, at, bias ? add(sum, load(bias + n)) : sum);
@@ -55,6 +46,23 @@ int brise_matmul(const weight *w, const void *x, const float *bias, void *out, p
             const ptrdiff_t each = kind == FP32 ? 4 : 2;
             memcpy((char *)out + at * each, done, left * each);
         }
+}
+
+/* x [M][K] times w, plus an fp32 bias [N] where there is one -> out [M][N], both of a kind; 1 where there is no memory for
+   it. Rows `alone` do not depend on one another, in any bit. */
+int brise_matmul(const weight *w, const char *x, const float *bias, char *out, ptrdiff_t m, int kind, int alone) {
+    const int way = way_of(w, kind, m, alone), direct = kind == FP32 && !bias;
+    const ptrdiff_t most = at_a_time(w, way, m), size = x_size(w, way, most), each = kind == FP32 ? 4 : 2;
+    char *ordered_x = malloc(size + (direct ? 0 : most * w->n * 4) + 1);
+    if (!ordered_x) return 1;
+    for (ptrdiff_t first = 0; first < m; first += most, x += most * w->k * each, out += most * w->n * each) {
+        const ptrdiff_t count = m - first < most ? m - first : most;
+        float *sums = (float *)(direct ? out : ordered_x + size);
+#pragma omp parallel for schedule(static) if (count * w->k > 1 << 15)
+        for (ptrdiff_t t = 0; t < count; t++) order(w, way, kind, x, count, t, ordered_x);
+        all_rows(w, way, ordered_x, count, sums);
+        if (!direct) finish(sums, bias, out, count, w->n, kind);
+    }
     free(ordered_x);
     return 0;
 }

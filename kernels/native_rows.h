@@ -19,6 +19,12 @@ static ptrdiff_t x_size(const weight *w, int way, ptrdiff_t m) {
     return way == AS_IT_IS ? 0 : way == IN_TILES ? tiles_size(w, m) : m * token_size(w, way);
 }
 
+/* tokens of m whose x stays in a core's cache while all rows pass, where each costs time of its own */
+static ptrdiff_t at_a_time(const weight *w, int way, ptrdiff_t m) {
+    const ptrdiff_t found = way == IN_TILES ? (1 << 20) / (ordered_size(w) * 4) / 16 * 16 : m;
+    return found >= m ? m : found < 16 ? 16 : found;
+}
+
 /* a token of x [m][K] of a kind -> its place among those in order */
 static void order(const weight *w, int way, int kind, const void *x, ptrdiff_t m, ptrdiff_t token, void *own) {
     if (way == IN_TILES) order_token_tiles(kind, w, x, m, token, own);

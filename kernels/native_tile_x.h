@@ -1,9 +1,10 @@
 /* x as tile registers multiply it (native_tiles.h): a record for each pass and chunk. Included by native.c.
 
-   Of integers a column is a digit of x. What a token multiplies of a group, or of a chunk where that is less, is written
-   as whole numbers q of up to 31 bits in units of a power of 2, and these as four signed bytes, q = d0 + 2^8 d1 + 2^16 d2
-   + 2^24 d3. Every sum of a chunk, at most 2 * 64 * 255 * 128, is exact, and so is its fp32; then scales come in, and
-   each digit's sums are added up in fp32 on their own. x is rounded by 2^-30 of the largest, or 2^-26.
+   Of integers a column is a digit of x. What a token multiplies of a group is written as whole numbers q of up to 31 bits
+   in units of a power of 2, and these as four signed bytes, q = d0 + 2^8 d1 + 2^16 d2 + 2^24 d3. Every sum of a run, the
+   chunks of a group, is exact in 32 bits; then scales come in, and each digit's sums are added up in fp32 on their own.
+   x is rounded by 2^-30 of the largest, or 2^-26. With zero points a run is a chunk, whose sums, at most 2 * 64 * 255 * 128,
+   are exact in fp32 as well: what zero points take away from them is of their size.
 
    Bytes of one code are multiplied where they lie. So are those of two, low + 16 high: with x of the low ones, and then
    their high halves, 16 high, with a sixteenth of x of the high ones less what the first product had there; only the
@@ -11,25 +12,32 @@
 
    Of values in bf16 a column is a token, and x is as it comes. */
 
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
 /* how a row is cut for m tokens */
 typedef struct {
     ptrdiff_t chunks, group;          /* of a row; and of a group, where it is whole chunks */
     int parts, phases, tokens, lanes; /* groups of a chunk; tiles of one; tokens of a pass; and their lanes */
     int digits;                       /* lanes of a group */
-    ptrdiff_t record, pass;           /* bytes of a chunk's x, and of all of a pass */
+    ptrdiff_t run, record, pass;      /* chunks whose sums are added up before scales come in; bytes of x of a chunk, a pass */
 } tiling;
 
-/* integers: of a record first the units of the lanes and what their digits add up to (times the middle code, without zero
-   points); then a tile for each phase, 16 rows of `lanes` words */
-enum { UNITS = 128 };
+/* integers: of a record first, where a run ends, the units of the lanes and what their digits add up to: int32, times the
+   middle code, or without one, for zero points, fp32; then a tile for each phase, 16 rows of `lanes` words. A run of LONGEST
+   chunks adds up to less than 2^31. */
+enum { UNITS = 128, LONGEST = 256 };
 
 static tiling tiling_of(const weight *w, ptrdiff_t m) {
     const ptrdiff_t row = w->k * w->bits / 8, group = row / w->groups;
-    tiling t = {(row + 63) / 64, 1, 1, 4, 1, 0, 1, 0, 0};
+    tiling t = {(row + 63) / 64, 1, 1, 4, 1, 0, 1, 1, 0, 0};
     if (w->integers) t.phases = 8 / (int)w->bits, t.digits = 4;
     if (w->groups == 1) t.group = t.chunks; /* it may end within a chunk */
     else if (group >= 64) t.group = group / 64;
     else t.parts = (int)(64 / group);
+    if (!w->zero && t.group <= LONGEST) t.run = t.group;
     const int one = t.digits * t.parts;
     while (one * t.tokens < LANES && (t.tokens < m || one * t.tokens < 4)) t.tokens *= 2;
     t.lanes = one * t.tokens;
@@ -37,11 +45,6 @@ static tiling tiling_of(const weight *w, ptrdiff_t m) {
     t.pass = t.chunks * t.record;
     return t;
 }
-
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
-
-#include <sys/syscall.h>
-#include <unistd.h>
 
 /* the system gives a process these registers if it asks; 18 is their number, 0x1023 the request */
 static int tiles_allowed(void) {
@@ -82,24 +85,29 @@ INLINE void put_rows(char *to, ptrdiff_t stride, ivec rows) {
     _mm_storeu_si128((__m128i *)(to + 3 * stride), _mm512_extracti32x4_epi32(rows, 3));
 }
 
-/* one part of a chunk of one token: its numbers into lanes `lane` .. of the record */
-INLINE void order_part(const weight *w, const tiling *t, const float *numbers, int part, int lane, char *record) {
+/* the bits of the largest of whole vectors */
+INLINE uint32_t largest_of(const float *numbers, ptrdiff_t count) {
+    ivec magnitude = _mm512_setzero_si512();
+    for (ptrdiff_t i = 0; i < count; i += LANES)
+        magnitude = _mm512_max_epu32(magnitude, _mm512_and_si512(_mm512_castps_si512(load(numbers + i)),
+                                                                 _mm512_set1_epi32(0x7fffffff)));
+    return _mm512_reduce_max_epu32(magnitude);
+}
+
+/* the unit is 2^-29 times the power of 2 below the largest, so that the top digit has room; and it is no denormal */
+INLINE uint32_t power_of(uint32_t largest) { return largest >> 23 < 30 ? 30 : largest >> 23; }
+
+/* one part of a chunk of one token: its numbers into lanes `lane` .. of the record; -> the sum so far and its digits, times
+   what a code of 1 in every place gives: bytes of 17, and high halves of 16 */
+INLINE ivec order_part(const tiling *t, const float *numbers, uint32_t largest, int part, int lane, char *record,
+                       ivec sum) {
     const int phases = t->phases, each = 4 / t->parts; /* blocks of 4 rows */
     const ptrdiff_t stride = 4 * t->lanes;
     const ivec steps = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                           _mm512_set1_epi32(phases));
     const ivec turned = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400); /* digit by digit */
     const ivec half = _mm512_set1_epi32(0x808080);
-    numbers += part * each * 16 * phases;
-    ivec magnitude = _mm512_setzero_si512(), sum = magnitude;
-    for (int i = 0; i < each * phases; i++)
-        magnitude = _mm512_max_epu32(magnitude, _mm512_and_si512(_mm512_castps_si512(load(numbers + i * LANES)),
-                                                                 _mm512_set1_epi32(0x7fffffff)));
-    const uint32_t largest = _mm512_reduce_max_epu32(magnitude);
-    /* the unit is 2^-29 times the power of 2 below the largest, so that the top digit has room; and it is no denormal */
-    const uint32_t power = largest >> 23 < 30 ? 30 : largest >> 23;
-    const vec unit = _mm512_castsi512_ps(_mm512_set1_epi32((int)((power - 29) << 23)));
-    const vec units = _mm512_castsi512_ps(_mm512_set1_epi32((int)((283 - power) << 23)));
+    const vec units = _mm512_castsi512_ps(_mm512_set1_epi32((int)((283 - power_of(largest)) << 23)));
     char *tiles = record + UNITS + part * each * 4 * stride;
     for (int b = 0; b < each; b++) {
         ivec low = _mm512_setzero_si512();
@@ -111,22 +119,27 @@ INLINE void order_part(const weight *w, const tiling *t, const float *numbers, i
             low = q;
             const ivec digits = _mm512_xor_si512(_mm512_add_epi32(q, half), half);
             const ivec rows = _mm512_shuffle_epi8(digits, turned);
-            /* times what a code of 1 in every place gives: bytes of 17, and high halves of 16 */
             sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(phases != 2 ? 1 : i ? 16 : 17), rows);
             for (int p = 0; p < t->parts; p++)
                 put_rows(tiles + i * 16 * stride + b * 4 * stride + (lane + 4 * p) * 4, stride,
                          p == part ? rows : _mm512_setzero_si512());
         }
     }
+    return sum;
+}
+
+/* units and sums of a part into its lanes */
+static void put_units(const weight *w, const tiling *t, uint32_t largest, ivec sum, int part, int lane, char *record) {
     const __m256i two = _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
     const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
-    const __m128 middle = _mm_set1_ps(w->zero ? 1.0f : (float)(1 << (w->bits - 1)));
+    const __m128i of_codes = w->zero ? _mm_castps_si128(_mm_cvtepi32_ps(four)) : _mm_slli_epi32(four, (int)w->bits - 1);
+    const __m128 unit = _mm_castsi128_ps(_mm_set1_epi32((int)((power_of(largest) - 29) << 23)));
     const __m128 weights = _mm_setr_ps(1, 256, 65536, 16777216);
-    const __m128 of_digits = largest < 0x7f800000 ? _mm_mul_ps(_mm512_castps512_ps128(unit), weights)
+    const __m128 of_digits = largest < 0x7f800000 ? _mm_mul_ps(unit, weights)
                                                   : _mm_set1_ps(NAN); /* of what is not finite all is nan */
     for (int at = lane + 4 * part; at < LANES; at += t->lanes) {
         _mm_storeu_ps((float *)record + at, of_digits);
-        _mm_storeu_ps((float *)record + LANES + at, _mm_mul_ps(_mm_cvtepi32_ps(four), middle));
+        _mm_storeu_si128((__m128i *)record + (LANES + at) / 4, of_codes);
     }
 }
 
@@ -143,15 +156,37 @@ static void order_pairs(const weight *w, const tiling *t, const uint16_t *x, int
             }
 }
 
+/* x of a chunk in fp32, zeros behind its end */
+static void read_chunk(int kind, const weight *w, const tiling *t, const void *x, ptrdiff_t chunk, float *numbers) {
+    const ptrdiff_t width = 64 * t->phases, at = chunk * width, left = w->k - at < width ? w->k - at : width;
+    for (ptrdiff_t i = left; i < width; i++) numbers[i] = 0;
+    if (kind == FP32) memcpy(numbers, (const float *)x + at, left * 4);
+    else halves_to_floats(kind, (const uint16_t *)x + at, numbers, left);
+}
+
 static void order_digits(int kind, const weight *w, const tiling *t, const void *x, int lane, char *own) {
-    const ptrdiff_t width = 64 * t->phases;
-    for (ptrdiff_t at = 0; at < w->k; at += width, own += t->record) {
+    const ptrdiff_t part_width = 64 * t->phases / t->parts;
+    for (ptrdiff_t begin = 0, end; begin < t->chunks; begin = end) {
+        end = begin + t->run < t->chunks ? begin + t->run : t->chunks;
         float numbers[4 * 64];
-        const ptrdiff_t left = w->k - at < width ? w->k - at : width;
-        for (ptrdiff_t i = left; i < width; i++) numbers[i] = 0;
-        if (kind == FP32) memcpy(numbers, (const float *)x + at, left * 4);
-        else halves_to_floats(kind, (const uint16_t *)x + at, numbers, left);
-        for (int part = 0; part < t->parts; part++) order_part(w, t, numbers, part, lane, own);
+        uint32_t largest[4] = {0};
+        ivec sums[4];
+        for (ptrdiff_t c = begin; c < end; c++) {
+            read_chunk(kind, w, t, x, c, numbers);
+            for (int part = 0; part < t->parts; part++) {
+                const uint32_t found = largest_of(numbers + part * part_width, part_width);
+                if (found > largest[part]) largest[part] = found;
+                sums[part] = _mm512_setzero_si512();
+            }
+        }
+        for (ptrdiff_t c = begin; c < end; c++) {
+            if (t->run > 1) read_chunk(kind, w, t, x, c, numbers);
+            for (int part = 0; part < t->parts; part++)
+                sums[part] = order_part(t, numbers + part * part_width, largest[part], part, lane, own + c * t->record,
+                                        sums[part]);
+        }
+        for (int part = 0; part < t->parts; part++)
+            put_units(w, t, largest[part], sums[part], part, lane, own + (end - 1) * t->record);
     }
 }
 

@@ -45,15 +45,18 @@ INLINE void unpack(int form, int copies, const uint8_t *p, ptrdiff_t row, int ro
     }
 }
 
-/* the codes' tiles, the first where it lies, times the x of each pass -> sums [passes][16 rows][lanes] */
-INLINE void multiply_tiles(int form, int passes, const uint8_t *first, ptrdiff_t row, const uint8_t *tiles, const char *x,
-                           ptrdiff_t pass, int lanes, void *sums) {
+/* the codes' tiles, the first where it lies, times the x of each pass; at the end of a run -> sums [passes][16 rows][lanes]
+ */
+INLINE void multiply_tiles(int form, int passes, int begins, int ends, const uint8_t *first, ptrdiff_t row,
+                           const uint8_t *tiles, const char *x, ptrdiff_t pass, int lanes, void *sums) {
     const ptrdiff_t stride = 4 * lanes, next = 16 * stride;
     if (form != VALUES) x += UNITS;
-    _tile_zero(0);
-    if (passes > 1) _tile_zero(1);
-    if (passes > 2) _tile_zero(2);
-    if (passes > 3) _tile_zero(3);
+    if (begins) {
+        _tile_zero(0);
+        if (passes > 1) _tile_zero(1);
+        if (passes > 2) _tile_zero(2);
+        if (passes > 3) _tile_zero(3);
+    }
 #define WITH(SUM, CODES, X, PASS, I) \
     do { \
         _tile_loadd(X, x + (PASS) * pass + (I) * next, stride); \
@@ -77,6 +80,7 @@ INLINE void multiply_tiles(int form, int passes, const uint8_t *first, ptrdiff_t
     }
 #undef PHASE
 #undef WITH
+    if (!ends) return;
     _tile_stored(0, sums, stride);
     if (passes > 1) _tile_stored(1, (char *)sums + next, stride);
     if (passes > 2) _tile_stored(2, (char *)sums + 2 * next, stride);
@@ -107,21 +111,23 @@ static void by_chunk(int parts, ptrdiff_t groups, ptrdiff_t rows, const float *f
     }
 }
 
-/* sums of a chunk times its scales, and of integers the units, into the sums of the row; `index`: the parameter of a lane,
+/* sums of a run times its scales, and of integers the units, into the sums of the row; `index`: the parameter of a lane,
    `next`: of the next register's */
 INLINE void add_up(int form, int lanes, int passes, const void *found, const char *x, ptrdiff_t pass, const float *scale,
                    const float *zero, ivec index, ptrdiff_t next, float *sums) {
     for (int p = 0; p < passes; p++, x += pass) {
-        vec unit = all(1), digits = unit;
-        if (form != VALUES) unit = load((const float *)x), digits = load((const float *)x + LANES);
+        vec unit = all(1);
+        ivec of_codes = _mm512_setzero_si512();
+        if (form != VALUES) unit = load((const float *)x), of_codes = whole((const int32_t *)x + LANES);
         for (int i = 0; i < lanes; i++, found = (const float *)found + LANES, sums += LANES) {
             const vec by = _mm512_permutexvar_ps(index, load(scale + i * next));
             if (form == VALUES) {
                 store(sums, fma3(load(found), by, load(sums)));
                 continue;
             }
-            vec v = number(whole(found));
-            v = zero ? _mm512_fnmadd_ps(_mm512_permutexvar_ps(index, load(zero + i * next)), digits, v) : sub(v, digits);
+            vec v = number(zero ? whole(found) : _mm512_sub_epi32(whole(found), of_codes));
+            if (zero)
+                v = _mm512_fnmadd_ps(_mm512_permutexvar_ps(index, load(zero + i * next)), _mm512_castsi512_ps(of_codes), v);
             store(sums, fma3(mul(v, by), unit, load(sums)));
         }
     }
@@ -144,14 +150,16 @@ INLINE void strip_of_tiles(int form, int lanes, const weight *w, const tiling *t
     uint16_t twice[32];
     for (int i = 0; i < 2; i++) store_bf16(twice + 16 * i, load(w->values));
     const ivec values = _mm512_loadu_si512(twice);
-    ptrdiff_t within = 0;
+    ptrdiff_t within = 0, run = 0, group = 0; /* chunks of the run that is multiplied, and of that and the group added up */
     /* chunks whose codes can be read where they lie */
     const ptrdiff_t whole_chunks = rows == 16 ? row / 64 : 0;
     for (ptrdiff_t c = 0; c < t->chunks + 2; c++) {
         if (c > 0 && c <= t->chunks) {
             const int lies = c - 1 < whole_chunks && (form == BYTES || form == HALVES);
             uint8_t *made = tiles[(c - 1) & 1];
-            multiply_tiles(form, passes, lies ? codes + (c - 1) * 64 : made, lies ? row : 64, made, x + (c - 1) * t->record,
+            const int begins = run == 0, ends = ++run == t->run || c == t->chunks;
+            if (ends) run = 0;
+            multiply_tiles(form, passes, begins, ends, lies ? codes + (c - 1) * 64 : made, lies ? row : 64, made, x + (c - 1) * t->record,
                            t->pass, lanes, found[(c - 1) & 1]);
         }
         if (c < t->chunks) {
@@ -160,10 +168,11 @@ INLINE void strip_of_tiles(int form, int lanes, const weight *w, const tiling *t
             if (c < whole_chunks) unpack(form, 0, codes + c * 64, row, 16, ~(__mmask64)0, values, tiles[c & 1]);
             else unpack(form, 1, codes + c * 64, row, rows, there, values, tiles[c & 1]);
         }
-        if (c > 1) {
+        if (c > 1 && (++within == t->run || c == t->chunks + 1)) {
             add_up(form, lanes, passes, found[c & 1], x + (c - 2) * t->record, t->pass, scale, zero, index,
                    16 / lanes * t->parts, sums);
-            if (++within == t->group) within = 0, scale += 16 * t->parts, zero += zero ? 16 * t->parts : 0;
+            group += within, within = 0;
+            if (group == t->group) group = 0, scale += 16 * t->parts, zero += zero ? 16 * t->parts : 0;
         }
     }
 }

@@ -150,7 +150,7 @@ def test_short_rows_are_added_up_in_fp32():
 )
 def test_which_weights_are_multiplied_by_tile_registers(library, fmt, group, parts):
     w = weight(fmt, group, True, n=16, k=768)
-    rows = {1: 256, 2: 64}.get(parts, 16 if fmt == "int8" else 48)
+    rows = {1: 1 << 30, 2: 64}.get(parts, 16 if fmt == "int8" else 48)
     tiles = library is native.library("AMX")
     assert native.tile_parts(w, torch.float32, library) == (parts if tiles else 0)
     assert native.tile_parts(w, torch.bfloat16, library) == ((2 if fmt == "nf4" else parts) if tiles else 0)
@@ -172,6 +172,33 @@ def test_rows_of_unfinished_strips(library, fmt, group, n):
                                zeros=None if w.zeros is None else w.zeros[:n].clone())  # fmt: skip
     assert torch.equal(native.matmul(x, part, None, library), full[:, :n])
     check_budget(full, x @ whole.to(x.dtype).T, x.double() @ whole.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "fmt, group", [("int4", 128), ("int8", None), ("fp4", 128), ("nf4", 64), ("int3", 32)]
+)
+def test_many_tokens_are_multiplied_some_at_a_time(library, fmt, group, dtype):
+    w = weight(fmt, group, True, n=21, k=4096)
+    x, bias = torch.randn(150, 4096).to(dtype), torch.randn(21)
+    for added in (None, bias):
+        pieces = [native.matmul(rows, w, added, library, True) for rows in x.split(7)]
+        assert torch.equal(native.matmul(x, w, added, library, True), torch.cat(pieces))
+
+
+@pytest.mark.parametrize("fmt, chunks", [("int8", 256), ("int8", 257), ("int8", 1100), ("int4", 300)])
+def test_rows_of_one_scale_however_long(library, fmt, chunks):
+    """Sums in 32 bits hold the longest runs, also of the largest codes and of activations of one sign whose digits are
+    127; of those fp32 sums lose more than eager code does, which adds up in another order."""
+    k = chunks * (64 if fmt == "int8" else 128)
+    w = weight(fmt, None, True, n=18, k=k)
+    w.qweight[0] = 255
+    dense = reference.dequantize(w, torch.float64)
+    digits = torch.full((1, k), 0x3F7F7F00 * 2.0**-29)
+    x = torch.cat([torch.randn(2, k), digits, -digits])
+    out = native.matmul(x, w, None, library)
+    for row in range(4 if native.tile_parts(w, torch.float32, library) else 2):
+        check_budget(out[row], x[row] @ dense.float().T, x[row].double() @ dense.T)
 
 
 BEHIND = """
