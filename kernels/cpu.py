@@ -34,7 +34,7 @@ _FEW_ROWS = (48, 16)
 # and where torch's bf16 product is fast
 _FEW_ROWS_BF16 = (16, 4)
 # and by tile registers (native_tiles.h), by the groups of a chunk, as fewer tokens share a register then: of integers,
-# with x in bf16, and of values in bf16; of one scale a row, which is multiplied once, at any number or, in bf16, at more
+# with x in bf16, and there of one scale a row, which is multiplied once, and of values in bf16
 _FEW_ROWS_TILES = {1: 1 << 30, 2: 64}
 _FEW_ROWS_TILES_BF16 = {1: 64, 2: 16}
 _FEW_ROWS_TILES_BF16_ONE_SCALE = 256

@@ -186,7 +186,7 @@ def test_many_tokens_are_multiplied_some_at_a_time(library, fmt, group, dtype):
         assert torch.equal(native.matmul(x, w, added, library, True), torch.cat(pieces))
 
 
-@pytest.mark.parametrize("fmt, chunks", [("int8", 256), ("int8", 257), ("int8", 1100), ("int4", 300)])
+@pytest.mark.parametrize("fmt, chunks", [("int8", 256), ("int8", 257), ("int8", 2100), ("int4", 300)])
 def test_rows_of_one_scale_however_long(library, fmt, chunks):
     """Sums in 32 bits hold the longest runs, also of the largest codes and of activations of one sign whose digits are
     127; of those fp32 sums lose more than eager code does, which adds up in another order."""
