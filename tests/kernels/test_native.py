@@ -189,15 +189,17 @@ def test_many_tokens_are_multiplied_some_at_a_time(library, fmt, group, dtype):
 @pytest.mark.parametrize("fmt, chunks", [("int8", 256), ("int8", 257), ("int8", 2100), ("int4", 300)])
 def test_rows_of_one_scale_however_long(library, fmt, chunks):
     """Sums in 32 bits hold the longest runs, also of the largest codes and of activations of one sign whose digits are
-    127; of those fp32 sums lose more than eager code does, which adds up in another order."""
+    127."""
     k = chunks * (64 if fmt == "int8" else 128)
     w = weight(fmt, None, True, n=18, k=k)
+    if not native.tile_parts(w, torch.float32, library):
+        pytest.skip("for sums in 32 bits")
     w.qweight[0] = 255
     dense = reference.dequantize(w, torch.float64)
     digits = torch.full((1, k), 0x3F7F7F00 * 2.0**-29)
     x = torch.cat([torch.randn(2, k), digits, -digits])
     out = native.matmul(x, w, None, library)
-    for row in range(4 if native.tile_parts(w, torch.float32, library) else 2):
+    for row in range(4):
         check_budget(out[row], x[row] @ dense.float().T, x[row].double() @ dense.T)
 
 
