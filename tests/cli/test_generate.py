@@ -1,12 +1,14 @@
 """``brise generate`` with a file, drafts and stop strings, and ``brise chat``."""
 
 import json
+import os
 import shutil
 
 import pytest
 from typer.testing import CliRunner
 
 from brise.cli.main import app
+from brise.model import batch_file
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 
@@ -47,6 +49,26 @@ def test_a_file_of_prompts_becomes_a_file_of_texts(tiny_checkpoint, tmp_path):
         1,
         6,
     ) and "1 of 2 prompts" in result.stderr
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_file_of_prompts_goes_on_with_the_model_that_it_began_with(talker, tmp_path, monkeypatch, file):
+    """The same folder is another model when another was written into it."""
+    (tmp_path / "in").write_text('{"prompt": "a"}')
+    args = ["generate", talker, "--max-new-tokens", 2, "--input", tmp_path / "in", "--output", talker / "out"]
+
+    def full(*_):
+        raise OSError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batch_file, "_write_whole", full)
+        assert "no room" in invoke(*args, code=1).stderr
+    status = (talker / file).stat()
+    os.utime(talker / file, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+    assert "another model" in invoke(*args, code=1).stderr and not (talker / "out").exists()
+    os.utime(talker / file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    invoke(*args)
+    (talker / "out").unlink()
 
 
 def test_drafts_and_a_quantized_cache_and_stop_strings(tiny_checkpoint):
