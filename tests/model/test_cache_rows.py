@@ -8,6 +8,7 @@ from brise.model.cache_rows import move_row, rows_of
 from brise.model.generate import Generator, Request
 from brise.model.mistral import MistralForCausalLM
 from brise.model.sampling import Sampling
+from brise.model.speculative import PromptLookup
 from brise.model.static_cache import StaticRollingCache
 
 
@@ -67,7 +68,8 @@ SAMPLINGS = [
 
 
 @pytest.mark.parametrize("rows", [2, 3])
-def test_a_text_goes_on_in_another_row_and_in_one_that_was_used_as_it_would_alone(rows):
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_text_goes_on_in_another_row_and_in_one_that_was_used_as_it_would_alone(rows, drafts):
     """Each with settings of its own; of those that run together the first end first, so that the last ones move."""
     torch.manual_seed(0)
     config = MistralConfig(
@@ -78,7 +80,8 @@ def test_a_text_goes_on_in_another_row_and_in_one_that_was_used_as_it_would_alon
     model = MistralForCausalLM(config).eval()
     requests = [Request([i, 7, 2 * i], 5 + 6 * (i % 3), sampling) for i, sampling in enumerate(SAMPLINGS)]
     # row 0 is free when nothing waits any more, and the text of the last row goes there
-    together = Generator(model, batch_size=rows).complete(requests)
+    proposer = PromptLookup(drafts) if drafts else None
+    together = Generator(model, batch_size=rows, proposer=proposer).complete(requests)
     for request, done in zip(requests, together):
         (alone,) = Generator(model).complete([request])
         assert done.tokens == alone.tokens
