@@ -100,6 +100,9 @@ def test_chat_remembers_what_was_said(talker):
         assert again["text"] == talk[3]["content"]
 
 
-def test_a_conversation_that_is_too_long_says_what_to_do(talker):
-    result = invoke("chat", talker, input="a" * 200 + "\n", code=1)
-    assert "128 positions" in result.stderr and "/reset" in result.stderr
+def test_a_conversation_that_is_too_long_says_what_to_do_and_waits_for_it(talker):
+    args = ["chat", talker, "--max-new-tokens", 5, "--json"]
+    result = invoke(*args, input="hello\n" + "a" * 200 + "\n/reset\nhello\n", code=1)
+    assert result.stderr.count("128 positions") == 1 and "/reset" in result.stderr
+    *_, line = result.stdout.splitlines()
+    assert json.loads(line)["messages"] == document(*args[:-1], input="hello\n")["messages"]

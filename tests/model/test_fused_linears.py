@@ -25,7 +25,18 @@ def model_of(preset, dtype=torch.float32):
     return model
 
 
-KINDS = [None, "nf4", "nf4-dq-all", "int8", "int4-g64", "int4-g32-all"]
+KINDS = [
+    None,
+    "nf4",
+    "nf4-dq-all",
+    "fp4",
+    "int8",
+    "int4-g64",
+    "int4-g32-all",
+    "int4-g32-asym",
+    "int3-g32",
+    "int2-g32",
+]
 
 
 @pytest.mark.parametrize("preset", KINDS)
