@@ -77,3 +77,32 @@ def test_nothing_comes_behind_the_end_though_the_drafts_were_right(model):
     ]
     engine.release(1)
     assert engine.cache.seen.tolist() == [5, 0], "a free row has nothing to attend to"
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_what_runs_while_a_graph_is_captured_leaves_no_trace(model, window):
+    """Some rows rest, some have settings of their own; then steps and drafts that must not have happened."""
+    model.config.sliding_window = window
+    engine = DecodeEngine(DecodeModel(model, rows=12), rows=3, length=64, drafts=3)
+    sampling = Sampling(0.7, repetition_penalty=1.3, seed=3)
+    begun = [
+        Beginning(row, p, s, 20) for row, (p, s) in enumerate(zip(PROMPTS, (Sampling(), sampling, sampling)))
+    ]
+    engine.start(begun)
+    engine.run(3, 4)
+    engine.release(1)
+    sampler = vars(engine.states.sampler) | {"vocab": torch.empty(0)}
+    rings = [t for layer in engine.cache.layers for t in layer.tensors.values()]
+    states = [engine.states.token, engine.states.active, engine.states.left, engine.cursor]
+    held = [*states, *sampler.values(), *rings, engine.cache.seen, engine.cache.start]
+    before = [t.clone() for t in held]
+
+    def steps():
+        for _ in range(3):
+            engine._step(engine.cache, engine.states, False)
+            engine._verify(engine.cache, engine.states, False, 3)
+
+    with torch.inference_mode():
+        engine._quietly(engine.states, steps)
+    for now, then in zip(held, before, strict=True):
+        assert torch.equal(now, then)

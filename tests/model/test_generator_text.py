@@ -1,5 +1,6 @@
 """What the generator makes of texts: how they come, where they stop, whose turn is next, rings long enough for all."""
 
+import pytest
 import torch
 from transformers import MistralConfig
 
@@ -113,6 +114,31 @@ def test_what_waits_takes_a_row_as_soon_as_one_is_free():
     generator.counts.steps = 0
     long_first = generator.complete([Request([2], 30), *(Request([1], 3) for _ in range(14))])
     assert generator.counts.steps == 29 and long_first[0].tokens == done[-1].tokens
+
+
+@pytest.mark.parametrize("block", [3, 8, 32])
+def test_blocks_of_steps_as_on_a_gpu_make_the_same_texts(block):
+    """Ends by a token, a stop string, a budget and a broken row, all of them within a block."""
+    model = model_of(max_position_embeddings=64)
+    made = Generator(model, Letters(), batch_size=3)
+    prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
+    wholes = made.complete([Request(p, 40) for p in prompts])
+    stop = wholes[0].text[5:8]
+    stopped = {*range(1, 11), *wholes[0].tokens[:12]}
+    ends = [next(t for t in wholes[1].tokens[4:] if t not in stopped)]
+    broken = next(t for t in wholes[2].tokens[4:] if t not in {*stopped, *ends})
+    with torch.no_grad():
+        model.model.embed_tokens.weight[broken] = float("nan")
+    requests = [
+        Request(prompts[0], 40, stop=(stop,)), Request(prompts[1], 40), Request(prompts[2], 40), Request([11], 7),
+        Request(prompts[3], 100), Request([12, 13], 1), Request([14], 30, Sampling(1.0, seed=5), ("q",)),
+    ]  # fmt: skip
+    one, many = (Generator(model, Letters(), batch_size=3, eos=ends) for _ in "ab")
+    many.block = block
+    wanted = one.complete(requests)
+    assert many.complete(requests) == wanted
+    assert {done.reason for done in wanted} >= {"stop", "eos", "error", "length"}
+    assert many.counts.tokens == one.counts.tokens
 
 
 def test_each_prompt_of_a_batch_has_a_seed_of_its_own():
