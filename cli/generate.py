@@ -190,6 +190,7 @@ def _file(
     from ..model.batch_file import continue_file
 
     begin = time.perf_counter()
+    session.last_words = "interrupted; the same command goes on with the prompts that are left"
     with session.progress() as bars:
         results = continue_file(
             generator, source, target, defaults, identity=identity, overwrite=overwrite, progress=bars

@@ -57,12 +57,12 @@ def test_a_file_of_prompts_goes_on_with_the_model_that_it_began_with(talker, tmp
     (tmp_path / "in").write_text('{"prompt": "a"}')
     args = ["generate", talker, "--max-new-tokens", 2, "--input", tmp_path / "in", "--output", talker / "out"]
 
-    def full(*_):
-        raise OSError("no room")
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(batch_file, "_write_whole", full)
-        assert "no room" in invoke(*args, code=1).stderr
+        patched.setattr(batch_file, "_write_whole", interrupted)
+        assert "the same command goes on" in invoke(*args, code=130).stderr
     status = (talker / file).stat()
     os.utime(talker / file, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
     assert "another model" in invoke(*args, code=1).stderr and not (talker / "out").exists()

@@ -166,3 +166,10 @@ def test_a_share_of_one_leaves_nothing_out():
     logits = torch.zeros(1, VOCAB)
     logits[0, 5] = 30
     assert bool((filtered(logits, state_of(Sampling(1.0)))[0] > 0).all())
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-40, 1e-46])
+def test_however_low_the_temperature_the_likeliest_token_comes(temperature):
+    """The last two are subnormal in fp32, and nothing at all."""
+    logits = torch.arange(VOCAB).roll(40)[None] * 0.5
+    assert choose(logits, state_of(Sampling(temperature)), plain=False).tolist() == [39]
