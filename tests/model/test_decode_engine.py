@@ -79,6 +79,19 @@ def test_nothing_comes_behind_the_end_though_the_drafts_were_right(model):
     assert engine.cache.seen.tolist() == [5, 0], "a free row has nothing to attend to"
 
 
+@pytest.mark.parametrize("chunk", [64, 7])
+def test_prompts_about_as_long_as_the_window_are_read_as_transformers_reads_them(model, chunk):
+    model.config.sliding_window = 6
+    engine = DecodeEngine(DecodeModel(model, rows=5), rows=5, length=64, chunk=chunk)
+    prompts = [torch.arange(1, n + 1) * 7 % 61 for n in (5, 6, 7, 8, 13)]
+    with torch.inference_mode():
+        # alone, as one of several in a chunk may be cut in two
+        last = [hidden for row, p in enumerate(prompts) for hidden in engine._read([row], [p])]
+        found = engine.model.logits(torch.stack(last), chunk=True)
+        wanted = torch.cat([model(p[None]).logits[:, -1] for p in prompts])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("window", [None, 6])
 def test_what_runs_while_a_graph_is_captured_leaves_no_trace(model, window):
     """Some rows rest, some have settings of their own; then steps and drafts that must not have happened."""

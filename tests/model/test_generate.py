@@ -365,6 +365,7 @@ def test_a_model_that_was_changed_needs_a_new_generator(change):
         {"sliding_window": None, "layer_types": ["full_attention"] * 2},
         {"head_dim": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+        {"rms_norm_eps": 0.5},
         {"tie_word_embeddings": True, "hidden_act": "gelu", "num_key_value_heads": 1},
     ],
     ids=str,
