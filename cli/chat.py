@@ -95,7 +95,7 @@ def chat(
             print(event.text, end="", flush=True)
             done = event.completion
         assert done is not None, "a stream ends with a completion"
-        print()
+        print(flush=True)  # whoever reads line by line asks only then
         if done.error is not None:
             raise FloatingPointError(done.error)
         messages = [*asked, {"role": "assistant", "content": done.text or ""}]

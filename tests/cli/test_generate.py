@@ -3,12 +3,19 @@
 import json
 import os
 import shutil
+import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from brise.cli.main import app
-from brise.model import batch_file
+from brise.model import batch_file, generate
+from brise.model.checkpoint import load_model, load_tokenizer
+from brise.model.generate import Generator, Request
+from brise.model.prompts import encode_prompt
+from brise.model.sampling import Sampling
+from brise.model.speculative import DraftModel, PromptLookup
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 
@@ -106,3 +113,81 @@ def test_a_conversation_that_is_too_long_says_what_to_do_and_waits_for_it(talker
     assert result.stderr.count("128 positions") == 1 and "/reset" in result.stderr
     *_, line = result.stdout.splitlines()
     assert json.loads(line)["messages"] == document(*args[:-1], input="hello\n")["messages"]
+
+
+SAMPLINGS = {
+    "--temperature 1.5": Sampling(1.5),
+    "--temperature 1.5 --seed 3": Sampling(1.5, seed=3),
+    "--temperature 1.5 --seed 3 --top-k 4": Sampling(1.5, top_k=4, seed=3),
+    "--temperature 2.5 --seed 3 --top-p 0.6": Sampling(2.5, top_p=0.6, seed=3),
+    "--temperature 2.5 --seed 3 --min-p 0.6": Sampling(2.5, min_p=0.6, seed=3),
+    "--repetition-penalty 3": Sampling(repetition_penalty=3.0),
+}
+TALK = "<user>hello<assistant>"
+
+
+def test_what_is_said_of_sampling_is_done(talker, tmp_path):
+    """By each way in which the command takes prompts, as the library does it."""
+    tokenizer = load_tokenizer(talker)
+    generator = Generator(load_model(talker), tokenizer)
+    (tmp_path / "in").write_text('{"prompt": "hello"}')
+    texts = []
+    for said, sampling in SAMPLINGS.items():
+        args = [*said.split(), "--max-new-tokens", 15]
+        (wanted,) = generator.complete([Request(encode_prompt(tokenizer, TALK), 15, sampling)])
+        texts.append(wanted.text)
+        assert document("generate", talker, "--chat", "--prompt", "hello", *args)["text"] == wanted.text
+        assert document("generate", talker, "--prompt", TALK, *args)["text"] == wanted.text
+        assert document("chat", talker, *args, input="hello\n")["messages"][-1]["content"] == wanted.text
+        files = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--overwrite"]
+        invoke("generate", talker, "--chat", *files, *args)
+        assert json.loads((tmp_path / "out").read_text())["text"] == wanted.text
+    assert len(set(texts)) == len(texts)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The generators that a command makes; each sees to it that what has come was printed before it goes on."""
+    found = []
+
+    class Watched(Generator):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            found.append(self)
+
+        def stream(self, requests, **options):
+            text = sys.stdout.buffer.getvalue()
+            for event in super().stream(requests, **options):
+                yield event
+                text += event.text.encode()
+                assert sys.stdout.buffer.getvalue() == text
+                self.printed = text
+
+    monkeypatch.setattr(generate, "Generator", Watched)
+    return found
+
+
+def test_the_text_is_printed_as_it_comes(talker, made):
+    said = invoke("generate", talker, "--prompt", "The wind", "--max-new-tokens", 20).stdout
+    assert made.pop().printed.decode() == said[:-1] and len(said) > 10
+    said = invoke("chat", talker, "--max-new-tokens", 20, input="hello\nagain\n").stdout
+    assert made.pop().printed.decode() == said[:-1] and len(said) > 20
+
+
+def test_what_is_said_of_the_runtime_is_done(talker, tmp_path, made, monkeypatch):
+    monkeypatch.setattr(generate.Generator, "stream", Generator.stream)
+    options = ["--int8-cache", "--max-new-tokens", 3, "--drafts", 2, "--dtype", "bfloat16"]
+    (tmp_path / "in").write_text('{"prompt": "hello"}\n' * 4)
+    files = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--batch-size", 3, "--batch-invariant"]
+    for args, kind in (
+        (["generate", *files, "--speculate", "lookup"], PromptLookup),
+        (["generate", "--prompt", "a", "--batch-invariant", "--speculate", talker], DraftModel),
+        (["chat", "--speculate", "lookup"], PromptLookup),
+    ):
+        invoke(args[0], talker, *args[1:], *options, input="hello\n")
+        generator = made.pop()
+        assert generator.batch_size == (3 if "--batch-size" in args else 1)
+        assert generator.model.invariant == ("--batch-invariant" in args)
+        assert type(generator.proposer) is kind and generator.proposer.drafts == 2
+        ring = generator._engine.cache.layers[0]
+        assert ring.keys.dtype == torch.int8 and generator.model.dtype == torch.bfloat16

@@ -106,8 +106,10 @@ def test_a_text_may_end_with_its_first_token():
     assert [done[i].reason for i in (0, 2, 4)] == ["eos"] * 3
 
 
-def test_what_waits_takes_a_row_as_soon_as_one_is_free():
+@pytest.mark.parametrize("block", [1, 32])
+def test_what_waits_takes_a_row_as_soon_as_one_is_free(block):
     generator = Generator(model_of(), batch_size=2)
+    generator.block = block
     # two steps each, within the 29 of the long one
     done = generator.complete([Request([1], 3) for _ in range(6)] + [Request([2], 30)] * 1)
     assert generator.counts.steps == 3 * 2 + 29
