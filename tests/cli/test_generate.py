@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from brise.cli.main import app
@@ -191,3 +192,17 @@ def test_what_is_said_of_the_runtime_is_done(talker, tmp_path, made, monkeypatch
         assert type(generator.proposer) is kind and generator.proposer.drafts == 2
         ring = generator._engine.cache.layers[0]
         assert ring.keys.dtype == torch.int8 and generator.model.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_that_is_broken_is_an_error_and_no_text(talker, tmp_path):
+    folder = shutil.copytree(talker, tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for command in (["generate", folder, "--prompt", "a"], ["chat", folder]):
+        result = invoke(*command, input="a\n", code=1)
+        assert "logits are not finite" in result.stderr and result.stdout == "\n"
+    (tmp_path / "in").write_text('{"prompt": "a"}')
+    invoke("generate", folder, "--input", tmp_path / "in", "--output", tmp_path / "out", code=1)
+    (done,) = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert "logits are not finite" in done["error"] and "text" not in done

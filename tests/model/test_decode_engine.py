@@ -92,11 +92,13 @@ def test_prompts_about_as_long_as_the_window_are_read_as_transformers_reads_them
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("way", ["whole", "lean", "ops"])
 @pytest.mark.parametrize("window", [None, 6])
-def test_what_runs_while_a_graph_is_captured_leaves_no_trace(model, window):
+def test_what_runs_while_a_graph_is_captured_leaves_no_trace(model, window, way):
     """Some rows rest, some have settings of their own; then steps and drafts that must not have happened."""
     model.config.sliding_window = window
     engine = DecodeEngine(DecodeModel(model, rows=12), rows=3, length=64, drafts=3)
+    engine.whole, engine.lean = engine.whole and way == "whole", way == "lean"
     sampling = Sampling(0.7, repetition_penalty=1.3, seed=3)
     begun = [
         Beginning(row, p, s, 20) for row, (p, s) in enumerate(zip(PROMPTS, (Sampling(), sampling, sampling)))
