@@ -18,7 +18,10 @@ from brise.model.prompts import encode_prompt
 from brise.model.sampling import Sampling
 from brise.model.speculative import DraftModel, PromptLookup
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def invoke(*args, code=0, **kwargs):
@@ -110,10 +113,11 @@ def test_chat_remembers_what_was_said(talker):
 
 def test_a_conversation_that_is_too_long_says_what_to_do_and_waits_for_it(talker):
     args = ["chat", talker, "--max-new-tokens", 5, "--json"]
-    result = invoke(*args, input="hello\n" + "a" * 200 + "\n/reset\nhello\n", code=1)
-    assert result.stderr.count("128 positions") == 1 and "/reset" in result.stderr
-    *_, line = result.stdout.splitlines()
-    assert json.loads(line)["messages"] == document(*args[:-1], input="hello\n")["messages"]
+    for rest in ("again\n", "/reset\nhello\n"):
+        result = invoke(*args, input="hello\n" + "a" * 200 + "\n" + rest, code=1)
+        assert result.stderr.count("128 positions") == 1 and "/reset" in result.stderr
+        *_, line = result.stdout.splitlines()
+        assert json.loads(line)["messages"] == document(*args[:-1], input="hello\n" + rest)["messages"]
 
 
 SAMPLINGS = {

@@ -126,6 +126,17 @@ def test_what_a_line_does_not_say_is_that_of_the_defaults(tools, tmp_path):
     assert (second["reason"], second["new_tokens"]) == ("length", 5)
 
 
+def test_no_two_samples_are_alike(tools, tmp_path):
+    model, tokenizer = tools
+    (tmp_path / "in").write_text('{"prompt": "The wind"}\n' * 2 + '{"prompt": "The wind", "seed": 4}\n')
+    defaults = Defaults(max_new_tokens=12, sampling=Sampling(1.5, seed=4))
+    generator = Generator(model, tokenizer)
+    done = continue_file(generator, tmp_path / "in", tmp_path / "out", defaults)
+    prompt = encode_prompt(tokenizer, "The wind")
+    wanted = generator.complete([Request(prompt, 12, Sampling(1.5, seed=seed)) for seed in (4, 5, 4)])
+    assert [d["text"] for d in done] == [c.text for c in wanted] and done[0]["text"] != done[1]["text"]
+
+
 class Stopped(Exception):
     pass
 

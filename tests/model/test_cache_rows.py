@@ -45,6 +45,33 @@ def test_a_row_is_moved_with_all_that_it_has(cache):
         assert torch.equal(t, before[name][[0, 2, 2, 3]]), name
 
 
+def test_rows_that_take_the_places_of_others_take_all_with_them(cache):
+    """As beams do."""
+    before = {name: t.clone() for name, t in belongings(cache).items()}
+    cache.reorder_cache(torch.tensor([2, 0, 1, 1]))
+    for name, t in belongings(cache).items():
+        assert torch.equal(t, before[name][[2, 0, 1, 1]]), name
+
+
+@pytest.mark.parametrize(
+    "rows", [1, [1], torch.tensor([1]), torch.tensor([False, True, False, False])], ids=str
+)
+def test_a_row_that_is_forgotten_begins_anew(cache, rows):
+    before = {name: t.clone() for name, t in belongings(cache).items()}
+    cache.reset(rows)
+    for (owner, index, name), t in belongings(cache).items():
+        wanted = before[owner, index, name]
+        if owner == "Rows":
+            wanted[1] = 0
+        assert torch.equal(t, wanted), name
+
+
+def test_padding_before_the_text_is_left_out_and_none_within_it(cache):
+    mask = torch.tensor([[0, 0, 1, 0, 1], [1, 1, 1, 1, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]])
+    cache.pad_left(mask)
+    assert cache.start.tolist() == [2, 0, 4, 0]
+
+
 def test_some_rows_share_the_storage_of_all(cache):
     part = rows_of(cache, 1, 3)
     whole = belongings(cache)

@@ -122,6 +122,16 @@ def test_what_a_layer_keeps_of_a_call_can_still_be_trained_with():
     assert bool(layer.up_proj.weight.grad.any())
 
 
+def test_what_was_frozen_stays_so_and_nothing_else():
+    model = model_of(None)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.requires_grad_(False)
+        layer.mlp.gate_proj.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    DecodeModel(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [False, True], ids=["", "double"])
 def test_four_bit_layers_of_bitsandbytes(tiny_checkpoint, kind, double):
