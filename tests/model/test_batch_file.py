@@ -96,11 +96,13 @@ def test_a_line_that_is_wrong_harms_no_other(tools, tmp_path):
 
 def test_a_mark_before_the_first_line_and_names_that_are_no_text(tools, tmp_path):
     model, tokenizer = tools
-    names = ['"é\U0001f32c"', r'"\ud800é"', "[1]"]
+    names = ['"é\U0001f32c"', r'"\ud800é"', "[1]", "0", '""']
     text = "\n".join(f'{{"prompt": "a", "max_new_tokens": 1, "id": {name}}}' for name in names)
     (tmp_path / "in").write_text("\ufeff" + text, encoding="utf-8")
     done = continue_file(Generator(model, tokenizer), tmp_path / "in", tmp_path / "out", Defaults())
-    assert [d["id"] for d in done] == ["é\U0001f32c", "\ud800é", [1]] and lines_of(tmp_path / "out") == done
+    assert [d["id"] for d in done] == ["é\U0001f32c", "\ud800é", [1], 0, ""] and lines_of(
+        tmp_path / "out"
+    ) == done
     assert "é" in (tmp_path / "out").read_text(encoding="utf-8")
 
 

@@ -220,3 +220,13 @@ def test_a_draft_model_that_is_broken_harms_no_text():
         broken.model.embed_tokens.weight[texts[1][4]] = float("nan")
     found, counts = with_drafts(model, DraftModel(broken, 3), rows=2)
     assert found == texts and 0 < counts.accepted < sum(map(len, texts))
+
+
+def test_a_draft_model_has_room_for_texts_longer_than_those_before():
+    model = model_of(max_position_embeddings=512)
+    generator = Generator(model, batch_size=2, proposer=DraftModel(model, 3))
+    for lengths in ((5, 9), (290, 3), (4, 4)):
+        requests = [Request(prompt, n) for prompt, n in zip(PROMPTS, lengths)]
+        wanted = [c.tokens for c in Generator(model, batch_size=2).complete(requests)]
+        assert [c.tokens for c in generator.complete(requests)] == wanted
+        assert generator.counts.acceptance == 1
