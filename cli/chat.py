@@ -55,7 +55,8 @@ def chat(
 ) -> None:
     """Talk with a model that has a chat template: a line from stdin, an answer on stdout, and so on.
 
-    /reset begins a new conversation; /quit or the end of the input ends it.
+    /reset begins a new conversation; /quit or the end of the input ends it. What no longer fits the model is left out
+    of the conversation, and the exit code is 1.
     """
     session = session_of(ctx)
     sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -76,6 +77,7 @@ def chat(
     )
     beginning = [] if system is None else [{"role": "system", "content": system}]
     messages = list(beginning)
+    failed = False
     for line in _lines():
         if line == "/reset":
             messages = list(beginning)
@@ -85,17 +87,21 @@ def chat(
         try:
             request.check(generator.model.vocab, generator.positions)
         except RequestError as error:
-            raise RequestError(f"{error}; /reset begins a new conversation") from error
+            session.note(f"brise: {error}; /reset begins a new conversation")
+            failed = True
+            continue
         done = None
         for event in generator.stream([request]):
             print(event.text, end="", flush=True)
             done = event.completion
         assert done is not None, "a stream ends with a completion"
-        print()
+        print(flush=True)  # whoever reads line by line asks only then
         if done.error is not None:
             raise FloatingPointError(done.error)
         messages = [*asked, {"role": "assistant", "content": done.text or ""}]
     session.finish({"messages": messages}, lambda console: None)
+    if failed:
+        raise typer.Exit(1)
 
 
 def _lines() -> Iterator[str]:

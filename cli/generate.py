@@ -28,7 +28,7 @@ from .decoding import (
 )
 from .options import Device, DtypeOption
 from .session import Debug, Json, Session, session_of
-from .sources import SRC_HELP
+from .sources import SRC_HELP, resolve
 
 if TYPE_CHECKING:
     from ..model.batch_file import Defaults
@@ -95,6 +95,7 @@ def generate(
         raise ValueError("--input and --output go together")
 
     from ..model.batch_file import Defaults
+    from ..model.identity import files_of
 
     sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     tokenizer = tokenizer_of(checkpoint, session, chat)
@@ -118,7 +119,7 @@ def generate(
         return
     assert input_ is not None and output is not None, "checked above"
     identity = {
-        "model": checkpoint,
+        "model": files_of(resolve(checkpoint, session)),
         "dtype": str(generator.model.dtype),
         "int8_cache": int8_cache,
         "batch_invariant": batch_invariant,
@@ -189,6 +190,7 @@ def _file(
     from ..model.batch_file import continue_file
 
     begin = time.perf_counter()
+    session.last_words = "interrupted; the same command goes on with the prompts that are left"
     with session.progress() as bars:
         results = continue_file(
             generator, source, target, defaults, identity=identity, overwrite=overwrite, progress=bars

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from .atomic import fsync_folder
 from .generate import Generator
 from .prompts import encode_messages, encode_prompt
 from .requests import Completion, Request, RequestError
@@ -158,6 +159,7 @@ class Journal:
         self.fresh = not lines
         if self.fresh:
             self._write({"fingerprint": fingerprint})
+            fsync_folder(self.path.parent)
             return
         try:
             head, *results = [json.loads(line) for line in lines]
@@ -269,8 +271,4 @@ def _write_whole(target: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    fsync_folder(target.parent)

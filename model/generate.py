@@ -93,6 +93,8 @@ class Generator:
         self.batch_size, self.chunk, self.int8_cache = batch_size, chunk, int8_cache
         self.eos = eos_of(model) if eos is None else tuple(eos)
         self.positions = int(self.model.config.max_position_embeddings)
+        # steps between two looks at the device; on a CPU a look costs nothing
+        self.block = 1 if self.model.device.type == "cpu" else BLOCK
         self.counts = Counts()
         self._engine: DecodeEngine | None = None
         self._streaming = False
@@ -111,7 +113,8 @@ class Generator:
         go on.
 
         Args:
-            every_token: events after every step. On a GPU that is a look at the device a step; without, one a block.
+            every_token: events after every step. On a GPU that is a look at the device a step; without, one a block of
+                steps.
         Raises:
             RuntimeError: another stream of this generator has not come to its end, or the model is not what it was.
         """
@@ -223,10 +226,8 @@ class Generator:
         if self.proposer is not None:
             found = self._speculate(engine, self.proposer, running)
         else:
-            steps = 1
-            if not every_token and self.model.device.type != "cpu":
-                rest = [text.budget - len(text.completion.tokens) for text in running]
-                steps = max(1, min(BLOCK, min(rest) if waiting else max(rest)))
+            rest = [text.budget - len(text.completion.tokens) for text in running]
+            steps = 1 if every_token else max(1, min(self.block, min(rest) if waiting else max(rest)))
             found = engine.run(count, steps)
             self.counts.steps += steps
         for row, tokens in enumerate(found):

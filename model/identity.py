@@ -1,9 +1,10 @@
-"""What makes a quantization job, so that an unfinished one is only gone on with where it is the same."""
+"""What makes a job, so that an unfinished one is only gone on with where it is the same."""
 
 from __future__ import annotations
 
 import hashlib
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ from torch import Tensor
 from ..quant.config import QuantConfig
 from .source import Source
 from .trouble import Policy
+
+# what a model and its tokenizer are read from; other files beside them may be the job's own
+_ENDINGS = (".gguf", ".jinja", ".json", ".model", ".safetensors")
+
+
+def files_of(checkpoint: Path) -> dict[str, list[int]]:
+    """The files of a checkpoint, a folder or a single one, as they are now: size and time in ns of each."""
+    files = [checkpoint]
+    if checkpoint.is_dir():
+        files = sorted(p for p in checkpoint.iterdir() if p.suffix in _ENDINGS and p.is_file())
+    return {p.name: [(status := p.stat()).st_size, status.st_mtime_ns] for p in files}
 
 
 def goes_on(part: str, old: Any, new: Any) -> bool:
@@ -33,7 +45,7 @@ def job_identity(
     world: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The parts by name, JSON-ready.
+    """The parts of a quantization job by name, JSON-ready.
 
     Under calibration the versions and numbers on which the last bit of a sum depends are among them.
 

@@ -130,7 +130,9 @@ def filtered(logits: Tensor, state: SamplerState) -> tuple[Tensor, Tensor]:
         fp32 [rows, vocab], up to a factor, 0 for what is left out; and the tokens int64 [rows, vocab].
     """
     heat = torch.where(state.temperature > 0, state.temperature, 1.0)
-    scores, tokens = torch.sort(logits / heat[:, None], dim=-1, descending=True, stable=True)
+    scores, tokens = torch.sort(logits, dim=-1, descending=True, stable=True)
+    # the likeliest at 0, where no temperature, however low, makes it infinite
+    scores = (scores - scores[:, :1]) / heat[:, None]
     # equals of the k-th stay too
     least = scores.gather(1, (state.top_k - 1)[:, None])
     scores = scores.masked_fill(scores < least, float("-inf"))

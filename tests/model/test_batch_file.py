@@ -96,11 +96,13 @@ def test_a_line_that_is_wrong_harms_no_other(tools, tmp_path):
 
 def test_a_mark_before_the_first_line_and_names_that_are_no_text(tools, tmp_path):
     model, tokenizer = tools
-    names = ['"é\U0001f32c"', r'"\ud800é"', "[1]"]
+    names = ['"é\U0001f32c"', r'"\ud800é"', "[1]", "0", '""']
     text = "\n".join(f'{{"prompt": "a", "max_new_tokens": 1, "id": {name}}}' for name in names)
     (tmp_path / "in").write_text("\ufeff" + text, encoding="utf-8")
     done = continue_file(Generator(model, tokenizer), tmp_path / "in", tmp_path / "out", Defaults())
-    assert [d["id"] for d in done] == ["é\U0001f32c", "\ud800é", [1]] and lines_of(tmp_path / "out") == done
+    assert [d["id"] for d in done] == ["é\U0001f32c", "\ud800é", [1], 0, ""] and lines_of(
+        tmp_path / "out"
+    ) == done
     assert "é" in (tmp_path / "out").read_text(encoding="utf-8")
 
 
@@ -124,6 +126,17 @@ def test_what_a_line_does_not_say_is_that_of_the_defaults(tools, tmp_path):
     first, second = continue_file(alone, tmp_path / "in", tmp_path / "out", defaults)
     assert first["reason"] == "stop" and first["text"] == whole.text[: whole.text.index(stop)]
     assert (second["reason"], second["new_tokens"]) == ("length", 5)
+
+
+def test_no_two_samples_are_alike(tools, tmp_path):
+    model, tokenizer = tools
+    (tmp_path / "in").write_text('{"prompt": "The wind"}\n' * 2 + '{"prompt": "The wind", "seed": 4}\n')
+    defaults = Defaults(max_new_tokens=12, sampling=Sampling(1.5, seed=4))
+    generator = Generator(model, tokenizer)
+    done = continue_file(generator, tmp_path / "in", tmp_path / "out", defaults)
+    prompt = encode_prompt(tokenizer, "The wind")
+    wanted = generator.complete([Request(prompt, 12, Sampling(1.5, seed=seed)) for seed in (4, 5, 4)])
+    assert [d["text"] for d in done] == [c.text for c in wanted] and done[0]["text"] != done[1]["text"]
 
 
 class Stopped(Exception):

@@ -8,6 +8,7 @@ from brise.model.cache_rows import move_row, rows_of
 from brise.model.generate import Generator, Request
 from brise.model.mistral import MistralForCausalLM
 from brise.model.sampling import Sampling
+from brise.model.speculative import PromptLookup
 from brise.model.static_cache import StaticRollingCache
 
 
@@ -44,6 +45,33 @@ def test_a_row_is_moved_with_all_that_it_has(cache):
         assert torch.equal(t, before[name][[0, 2, 2, 3]]), name
 
 
+def test_rows_that_take_the_places_of_others_take_all_with_them(cache):
+    """As beams do."""
+    before = {name: t.clone() for name, t in belongings(cache).items()}
+    cache.reorder_cache(torch.tensor([2, 0, 1, 1]))
+    for name, t in belongings(cache).items():
+        assert torch.equal(t, before[name][[2, 0, 1, 1]]), name
+
+
+@pytest.mark.parametrize(
+    "rows", [1, [1], torch.tensor([1]), torch.tensor([False, True, False, False])], ids=str
+)
+def test_a_row_that_is_forgotten_begins_anew(cache, rows):
+    before = {name: t.clone() for name, t in belongings(cache).items()}
+    cache.reset(rows)
+    for (owner, index, name), t in belongings(cache).items():
+        wanted = before[owner, index, name]
+        if owner == "Rows":
+            wanted[1] = 0
+        assert torch.equal(t, wanted), name
+
+
+def test_padding_before_the_text_is_left_out_and_none_within_it(cache):
+    mask = torch.tensor([[0, 0, 1, 0, 1], [1, 1, 1, 1, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]])
+    cache.pad_left(mask)
+    assert cache.start.tolist() == [2, 0, 4, 0]
+
+
 def test_some_rows_share_the_storage_of_all(cache):
     part = rows_of(cache, 1, 3)
     whole = belongings(cache)
@@ -67,7 +95,8 @@ SAMPLINGS = [
 
 
 @pytest.mark.parametrize("rows", [2, 3])
-def test_a_text_goes_on_in_another_row_and_in_one_that_was_used_as_it_would_alone(rows):
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_text_goes_on_in_another_row_and_in_one_that_was_used_as_it_would_alone(rows, drafts):
     """Each with settings of its own; of those that run together the first end first, so that the last ones move."""
     torch.manual_seed(0)
     config = MistralConfig(
@@ -78,7 +107,8 @@ def test_a_text_goes_on_in_another_row_and_in_one_that_was_used_as_it_would_alon
     model = MistralForCausalLM(config).eval()
     requests = [Request([i, 7, 2 * i], 5 + 6 * (i % 3), sampling) for i, sampling in enumerate(SAMPLINGS)]
     # row 0 is free when nothing waits any more, and the text of the last row goes there
-    together = Generator(model, batch_size=rows).complete(requests)
+    proposer = PromptLookup(drafts) if drafts else None
+    together = Generator(model, batch_size=rows, proposer=proposer).complete(requests)
     for request, done in zip(requests, together):
         (alone,) = Generator(model).complete([request])
         assert done.tokens == alone.tokens

@@ -25,7 +25,18 @@ def model_of(preset, dtype=torch.float32):
     return model
 
 
-KINDS = [None, "nf4", "nf4-dq-all", "int8", "int4-g64", "int4-g32-all"]
+KINDS = [
+    None,
+    "nf4",
+    "nf4-dq-all",
+    "fp4",
+    "int8",
+    "int4-g64",
+    "int4-g32-all",
+    "int4-g32-asym",
+    "int3-g32",
+    "int2-g32",
+]
 
 
 @pytest.mark.parametrize("preset", KINDS)
@@ -109,6 +120,16 @@ def test_what_a_layer_keeps_of_a_call_can_still_be_trained_with():
     assert hasattr(layer.down_proj, "kept")
     model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
     assert bool(layer.up_proj.weight.grad.any())
+
+
+def test_what_was_frozen_stays_so_and_nothing_else():
+    model = model_of(None)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.requires_grad_(False)
+        layer.mlp.gate_proj.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    DecodeModel(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

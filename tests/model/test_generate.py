@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, MistralConfig
 from transformers import MistralForCausalLM as Peer
 
+from brise.kernels import native
 from brise.model import decode_engine as engine_module
 from brise.model.cache_rows import rows_of
 from brise.model.decode_attend import LeanAttention, StepAttention
@@ -201,8 +202,11 @@ def test_memory_stays_what_it_is_however_long_the_text():
     assert [t.data_ptr() for layer in engine.cache.layers for t in layer.tensors.values()] == where
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["", "nothing compiled"])
 @pytest.mark.parametrize("preset", [None, "int4-g32", "nf4-dq"])
-def test_in_batch_invariant_mode_a_prompt_has_the_logits_that_it_has_alone(preset, monkeypatch):
+def test_in_batch_invariant_mode_a_prompt_has_the_logits_that_it_has_alone(preset, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "_aside", [True])
     _, ours = pair(intermediate_size=128)
     if preset is not None:
         quantize_model(ours, PRESETS[preset])
@@ -365,6 +369,7 @@ def test_a_model_that_was_changed_needs_a_new_generator(change):
         {"sliding_window": None, "layer_types": ["full_attention"] * 2},
         {"head_dim": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+        {"rms_norm_eps": 0.5},
         {"tie_word_embeddings": True, "hidden_act": "gelu", "num_key_value_heads": 1},
     ],
     ids=str,

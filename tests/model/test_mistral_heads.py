@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import MistralConfig
+from transformers import DynamicCache, MistralConfig
 
 from brise.model import mistral
 from brise.model.heads import last_token
@@ -148,6 +148,22 @@ def test_documented_outputs(head: str) -> None:
     ours.config.return_dict = False
     assert isinstance(ours(ids), tuple)
     assert ours.base_model is ours.model
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_a_text_goes_on_behind_what_a_cache_holds(head: str) -> None:
+    ids, mask = texts("left")
+    found = []
+    for model in pair(head):
+        cache = DynamicCache(config=model.config)
+        parts = [
+            model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True)
+            for a, b in ((0, 6), (6, 7), (7, 9))
+        ]
+        assert cache.get_seq_length() == 9
+        found.append([t for part in parts for t in part.to_tuple() if isinstance(t, Tensor)])
+    for a, b in zip(*found, strict=True):
+        close(b, a)
 
 
 def test_labels_unknown() -> None:

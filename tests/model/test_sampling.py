@@ -34,10 +34,18 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
-def test_the_filters_leave_what_those_of_transformers_leave(sampling):
+# of equals a share keeps what it comes to first; these keep all
+EQUALS = [Sampling(1.0, top_k=1), Sampling(1.0, min_p=1.0), Sampling(0.9, top_k=6, min_p=0.5)]
+
+
+@pytest.mark.parametrize(
+    "sampling, equals", [*((s, False) for s in SETTINGS), *((s, True) for s in EQUALS)], ids=str
+)
+def test_the_filters_leave_what_those_of_transformers_leave(sampling, equals):
     torch.manual_seed(0)
     logits = torch.randn(3, VOCAB) * 2
+    if equals:
+        logits[:, 7] = logits[:, 70] = logits.amax(-1)
     warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
     if sampling.top_k is not None:
         warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -158,3 +166,10 @@ def test_a_share_of_one_leaves_nothing_out():
     logits = torch.zeros(1, VOCAB)
     logits[0, 5] = 30
     assert bool((filtered(logits, state_of(Sampling(1.0)))[0] > 0).all())
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-40, 1e-46])
+def test_however_low_the_temperature_the_likeliest_token_comes(temperature):
+    """The last two are subnormal in fp32, and nothing at all."""
+    logits = torch.arange(VOCAB).roll(40)[None] * 0.5
+    assert choose(logits, state_of(Sampling(temperature)), plain=False).tolist() == [39]

@@ -1,5 +1,7 @@
 """Drafts that are wrong in every way: none leaves a trace in the text, and the counts are those of a count by hand."""
 
+import copy
+
 import pytest
 import torch
 from transformers import MistralConfig
@@ -8,6 +10,8 @@ from brise.model import decode_engine
 from brise.model.generate import Generator, Request
 from brise.model.mistral import MistralForCausalLM
 from brise.model.speculative import DraftModel, PromptLookup
+from brise.quant.apply import quantize_model
+from brise.quant.presets import PRESETS
 
 NEW = 24
 PROMPTS = [[1, 2, 3], [*range(5, 17)], [9]]
@@ -195,3 +199,34 @@ def test_a_draft_model_goes_on_from_what_was_right():
     assert found == texts
     # of 4 tokens, and of 2, in turn
     assert counts.steps <= 2 + 2 * (NEW - 1) / 6
+
+
+def test_the_model_itself_in_two_bits_is_a_draft_model():
+    model = model_of()
+    texts = texts_of(model)
+    small = copy.deepcopy(model)
+    quantize_model(small, PRESETS["int2-g32"])
+    found, counts = with_drafts(model, DraftModel(small, 3))
+    assert found == texts and counts.proposed > 0
+    # whatever it is worth here, it is another model and no better
+    assert counts.acceptance < 1
+
+
+def test_a_draft_model_that_is_broken_harms_no_text():
+    model = model_of()
+    texts = texts_of(model)
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[texts[1][4]] = float("nan")
+    found, counts = with_drafts(model, DraftModel(broken, 3), rows=2)
+    assert found == texts and 0 < counts.accepted < sum(map(len, texts))
+
+
+def test_a_draft_model_has_room_for_texts_longer_than_those_before():
+    model = model_of(max_position_embeddings=512)
+    generator = Generator(model, batch_size=2, proposer=DraftModel(model, 3))
+    for lengths in ((5, 9), (290, 3), (4, 4)):
+        requests = [Request(prompt, n) for prompt, n in zip(PROMPTS, lengths)]
+        wanted = [c.tokens for c in Generator(model, batch_size=2).complete(requests)]
+        assert [c.tokens for c in generator.complete(requests)] == wanted
+        assert generator.counts.acceptance == 1
