@@ -1,7 +1,8 @@
 """Run by test_interpreted.py under TRITON_INTERPRET=1: the gradient kernels on the CPU against float64 autograd."""
 
+import attention_forward
 import torch
-from triton.runtime.interpreter import interpreter_builder
+from attention_forward import CPU, NAN, count_products, guarded, poison
 
 from brise.kernels import attention_launch as launch
 from brise.kernels import attention_reference as reference
@@ -12,16 +13,12 @@ from brise.kernels.tuning_attention import AttentionConfig, AttentionConfigs
 
 SMALL = AttentionConfigs(*(AttentionConfig(bm=16, bn=16, warps=4, stages=1),) * 3)
 WIDE = AttentionConfigs(*(AttentionConfig(bm=64, bn=32, warps=4, stages=1),) * 3)
-CPU = torch.device("cpu")
-NAN = float("nan")
 
 
-def states(batch, queries, keys, heads, kv, head_dim, dtype, gap=0):
-    """q, k, v, dout: views [B, S, H, D] of [B, H, S, D], with a gap between rows."""
-    shapes = ((heads, queries), (kv, keys), (kv, keys), (heads, queries))
-    return [
-        torch.randn(batch, h, s, head_dim + gap).to(dtype)[..., :head_dim].transpose(1, 2) for h, s in shapes
-    ]
+def states(batch, queries, keys, heads, kv, head_dim, dtype):
+    """q, k, v, dout: as those of the forward, and dout with strides of its own as well."""
+    dout = torch.randn(batch, queries, heads, head_dim + 4).to(dtype)[..., :head_dim]
+    return [*attention_forward.states(batch, queries, keys, heads, kv, head_dim, dtype), guarded(dout)]
 
 
 def autograd(tensors, seen, scale, dlse, dtype):
@@ -59,10 +56,11 @@ def check(tensors, what, window=None, causal=True, config=SMALL, dlse=None, both
 
 
 def check_shapes():
-    cases = ((64, 4, 1, "float16"), (96, 3, 1, "float16"), (96, 1, 1, "float32"), (128, 4, 1, "float32"))
+    cases = ((64, 4, 1, "float16"), (96, 3, 1, "float16"), (96, 4, 4, "float32"), (128, 4, 1, "float32"))
     for head_dim, heads, kv, dtype in (*cases, (256, 5, 1, "float16")):
-        tensors = states(1, 21, 21, heads, kv, head_dim, getattr(torch, dtype), gap=3)
+        tensors = states(1, 33, 33, heads, kv, head_dim, getattr(torch, dtype))
         check(tensors, f"head_dim {head_dim}, {heads} heads over {kv}, {dtype}", 9, config=WIDE)
+    check(states(1, 21, 32, 1, 1, 96, torch.float16), "every block of keys seen whole", causal=False)
     for window in (2, 16, 17, 36, None):
         check(states(1, 37, 37, 1, 1, 16, torch.float32), f"window {window}", window, both=window == 17)
     check(states(1, 37, 37, 1, 1, 16, torch.float32), "not causal", causal=False)
@@ -89,6 +87,16 @@ def check_lse():
     check(tensors, "lse", 6, dlse=torch.randn(2, 20, 2))
 
 
+def check_long_sums():
+    """Many blocks of one sum: what is kept in half precision between them loses bits. And large scores."""
+    steps = AttentionConfigs(*(AttentionConfig(m, n, 4, 1) for m, n in ((64, 64), (64, 16), (16, 64))))
+    check(states(1, 400, 16, 4, 1, 16, torch.float16), "many queries of a key", causal=False, config=steps)
+    check(states(1, 2, 1600, 2, 1, 16, torch.float16), "many keys of a query", config=steps)
+    q, k, v, dout = states(1, 20, 70, 2, 1, 16, torch.float32)
+    q *= 60
+    check((q, k, v, dout), "large scores", 40, both=True)
+
+
 def check_untouched():
     """Queries that see no key of a block are not read for its gradient, nor keys that no row of a tile sees."""
     window, length = 10, 64
@@ -113,20 +121,6 @@ def check_untouched():
                 assert torch.equal(one[:, here], whole[:, here]), first
 
 
-def count_products(run):
-    """How many tile products a launch makes."""
-    made, make = [], interpreter_builder.create_dot
-
-    def counted(*arguments):
-        made.append(arguments)
-        return make(*arguments)
-
-    interpreter_builder.create_dot = counted
-    run()
-    interpreter_builder.create_dot = make
-    return len(made)
-
-
 def check_cost():
     """Three products for dq and four for dk and dv where a query of the block sees a key, none for other blocks."""
     length, window = 80, 17
@@ -140,17 +134,6 @@ def check_cost():
         assert made == 7 * pairs, f"{made} products for {pairs} pairs of blocks"
 
 
-def poison():
-    """Outputs come from torch.empty: fill it with NaN, so that an element left unwritten shows."""
-    make = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = make(*args, **kwargs)
-        return out.fill_(NAN) if out.is_floating_point() else out
-
-    torch.empty = poisoned
-
-
 if __name__ == "__main__":
     assert interpreting()
     torch.manual_seed(0)
@@ -158,6 +141,7 @@ if __name__ == "__main__":
     check_shapes()
     check_packing()
     check_lse()
+    check_long_sums()
     check_untouched()
     check_cost()
     print("interpreted attention backward: all within budget")

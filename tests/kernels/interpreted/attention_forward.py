@@ -124,7 +124,7 @@ def check_empty():
 
 
 def check_large_scores():
-    """Scores of some hundreds, of either sign: e to their power is beyond any float, so what is taken off them counts."""
+    """Scores of some hundreds, of either sign: e to their power is no float, so what is taken off them counts."""
     q, k, v = states(1, 20, 70, 2, 1, 16, torch.float32)
     q *= 60
     check(q, k, v, "large scores", 40, both=True)
