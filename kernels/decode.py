@@ -35,16 +35,20 @@ def decode_kernel(
     splits = tl.num_programs(1)
 
     # an empty row may come with any count of padding, and with a negative count of positions
-    seen = tl.maximum(tl.load(seen_ptr + b).to(tl.int32), 0)
+    seen = tl.maximum(tl.load(seen_ptr + b), 0).to(tl.int32)
     if START:
-        start = tl.minimum(tl.maximum(tl.load(start_ptr + b).to(tl.int32), 0), seen)
+        start = tl.minimum(tl.maximum(tl.load(start_ptr + b), 0).to(tl.int32), seen)
     else:
         start = seen * 0
     oldest = seen - T + 1 - window
     lowest = tl.maximum(tl.maximum(oldest, seen - W), start)
-    first = (lowest - start) // CHUNK
+    # positions are counted from the first chunk that holds a visible key: near 2^31 no sum would fit 32 bits
+    base = start + (lowest - start) // CHUNK * CHUNK
+    turn = base % W
+    lowest -= base
+    seen -= base
     # programs beyond the last chunk have nothing to do; an empty row still needs its zeros
-    active = tl.maximum(tl.cdiv(seen - start, CHUNK) - first, 1)
+    active = tl.maximum(tl.cdiv(seen, CHUNK), 1)
 
     if split < active:
         row = block * BR + tl.arange(0, BR)
@@ -62,20 +66,20 @@ def decode_kernel(
         v_row = v_ptr + b * svb + head.to(tl.int64) * svh + d[None, :]
         s_row = b * ssb + head.to(tl.int64) * ssh
 
-        origin = start + (first + split) * CHUNK
+        origin = split * CHUNK
         # whole steps that lie before the window are left out, without moving the others
         begin = origin + tl.maximum(lowest - origin, 0) // BN * BN
         end = tl.minimum(origin + CHUNK, seen)
         m, l, acc = _over_keys(
-            q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, W, window, skw, svw,
-            BR, BD, BN, INT8, False, STAGES, DTYPE,
+            q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, turn, W, window,
+            skw, svw, BR, BD, BN, INT8, False, STAGES, DTYPE,
         )  # fmt: skip
         if SEVERAL:  # noqa: SIM102 (one is known when compiled)
             # rare, so the loop above does not look for it; in narrow steps, which take no registers from that one
             if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
                 m, l, acc = _over_keys(
-                    q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, W, window,
-                    skw, svw, BR, BD, 16, INT8, True, 1, DTYPE,
+                    q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, turn, W,
+                    window, skw, svw, BR, BD, 16, INT8, True, 1, DTYPE,
                 )  # fmt: skip
 
         mask = in_rows[:, None] & mask_d
@@ -114,11 +118,12 @@ def decode_kernel(
 
 @triton.jit
 def _over_keys(
-    q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, W, window, skw, svw,
-    BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, INT8: tl.constexpr, CAREFUL: tl.constexpr,
+    q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, turn, W, window, skw,
+    svw, BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, INT8: tl.constexpr, CAREFUL: tl.constexpr,
     STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Positions begin .. end - 1: largest score, sum of weights, and weighted sum of the values.
+    """Positions begin .. end - 1, position p in slot (p + turn) % W: largest score, sum of weights, and weighted sum
+    of the values.
 
     CAREFUL: a value that is not finite makes those queries nan that see its key, and no other: zero times nan is nan.
     """
@@ -128,7 +133,7 @@ def _over_keys(
     for p0 in tl.range(begin, end, BN, num_stages=STAGES):
         p = p0 + tl.arange(0, BN)
         held = (p >= lowest) & (p < seen)
-        slot = (p % W).to(tl.int64)
+        slot = ((p + turn) % W).to(tl.int64)
         load = held[:, None] & mask_d
         k = tl.load(k_row + slot[:, None] * skw, mask=load, other=0)
         s = tl.dot(q, tl.trans(k.to(DTYPE)), input_precision="ieee") * scale
@@ -194,8 +199,8 @@ def decode_attention(
     decode_kernel[(programs, splits)](
         q, keys, values, key_scales, value_scales, seen, start, out, sums, stats, counters(q.device, programs),
         scale * 1.4426950408889634, queries, groups, slots,
-        # no position is farther away than this, and half of int32 is left for sums
-        1 << 30 if window is None else window,
+        # the ring holds nothing that is farther away
+        slots if window is None else window,
         q.stride(0), q.stride(1), q.stride(2), *keys.stride()[:3], *values.stride()[:3], *scales,
         G=heads // groups, D=width, BD=max(16, triton.next_power_of_2(width)), BR=tile, BN=config.bn,
         CHUNK=tuning_decode.chunk_of(span), INT8=key_scales is not None, START=start is not None,

@@ -1,8 +1,10 @@
 """Run by test_interpreted.py under TRITON_INTERPRET=1: the gradient kernels on the CPU against float64 autograd."""
 
+import functools
+
 import attention_forward
 import torch
-from attention_forward import CPU, NAN, count_products, guarded, poison
+from attention_forward import CPU, NAN, check_owners, count_products, guarded, poison
 
 from brise.kernels import attention_launch as launch
 from brise.kernels import attention_reference as reference
@@ -61,11 +63,11 @@ def check_shapes():
         tensors = states(1, 33, 33, heads, kv, head_dim, getattr(torch, dtype))
         check(tensors, f"head_dim {head_dim}, {heads} heads over {kv}, {dtype}", 9, config=WIDE)
     check(states(1, 21, 32, 1, 1, 96, torch.float16), "every block of keys seen whole", causal=False)
-    for window in (2, 16, 17, 36, None):
+    for window in (2, 16, 17, 31, 36, None):
         check(states(1, 37, 37, 1, 1, 16, torch.float32), f"window {window}", window, both=window == 17)
     check(states(1, 37, 37, 1, 1, 16, torch.float32), "not causal", causal=False)
     check(states(2, 19, 50, 2, 2, 16, torch.float16), "more keys than queries", 20)
-    check(states(1, 50, 19, 2, 1, 16, torch.float32), "fewer keys than queries", 20, config=WIDE)
+    check(states(1, 50, 19, 6, 3, 16, torch.float32), "fewer keys than queries", 20, config=WIDE)
     check(states(1, 3, 3, 2, 1, 16, torch.float16), "three tokens", 2)
     unlike = AttentionConfigs(*(AttentionConfig(m, n, 4, 1) for m, n in ((32, 16), (16, 64), (32, 16))))
     check(states(1, 61, 61, 2, 1, 16, torch.float16), "other blocks", 20, config=unlike)
@@ -123,15 +125,18 @@ def check_untouched():
 
 def check_cost():
     """Three products for dq and four for dk and dv where a query of the block sees a key, none for other blocks."""
-    length, window = 80, 17
-    q, k, v, dout = states(1, length, length, 1, 1, 16, torch.float32)
-    seen = reference.visible(1, length, length, window=window, causal=True)
-    pairs = seen.unflatten(2, (-1, 16)).unflatten(1, (-1, 16)).any(4).any(2).sum()
-    bounds = key_bounds(length, length, device=CPU, window=window, causal=True)
-    for way in ((None, window, True, 0, 0.25), (bounds, 0, False, 0, 0.25)):
-        saved = launch.forward(q, k, v, *way, SMALL.forward)
-        made = count_products(lambda way=way, o=saved: launch.backward(dout, None, q, k, v, *o, *way, SMALL))
-        assert made == 7 * pairs, f"{made} products for {pairs} pairs of blocks"
+    for queries, keys, window, offset in ((80, 80, 17, 0), (80, 80, 40, 0), (42, 90, 17, 0)):
+        q, k, v, dout = states(1, queries, keys, 1, 1, 16, torch.float32)
+        seen = reference.visible(1, queries, keys, window=window, causal=True, offset=offset)
+        seen = torch.nn.functional.pad(seen, (0, -keys % 16, 0, -queries % 16))
+        pairs = seen.unflatten(2, (-1, 16)).unflatten(1, (-1, 16)).any(4).any(2).sum()
+        bounds = key_bounds(queries, keys, device=CPU, window=window, causal=True, offset=offset)
+        for way in ((None, window, True, offset, 0.25), (bounds, 0, False, 0, 0.25)):
+            saved = launch.forward(q, k, v, *way, SMALL.forward)
+            run = functools.partial(launch.backward, dout, None, q, k, v, *saved, *way, SMALL)
+            made = count_products(run)
+            assert made == 7 * pairs, f"{made} products for {pairs} pairs of blocks"
+            assert check_owners(run) == queries * 17 + keys * 32, "dq and what it leaves to dk, dk, dv"
 
 
 if __name__ == "__main__":

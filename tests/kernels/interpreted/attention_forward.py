@@ -30,7 +30,7 @@ def guarded(x):
     behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), mmap.PAGESIZE, 0) == 0
     flat = torch.frombuffer(memory, dtype=x.dtype, count=size // x.element_size())
-    flat = flat.fill_(NAN) if x.is_floating_point() else flat
+    flat.fill_(NAN if x.is_floating_point() else 127)
     out = flat.as_strided(x.shape, x.stride(), flat.numel() - span)
     return out.copy_(x)
 
@@ -172,22 +172,58 @@ def count_products(run):
     return len(made)
 
 
+def check_owners(run):
+    """No two programs write to one place, nor do two that take one counter differ in the first number of theirs: here
+    they run one after the other, so that a collision would go unseen."""
+    writer, counter = {}, {}
+    store, add = interpreter_builder.create_masked_store, interpreter_builder.create_atomic_rmw
+
+    def stored(ptrs, value, mask, *how):
+        program = interpreter_builder.grid_idx
+        for place in ptrs.data[mask.data].tolist():
+            if place not in counter:
+                assert writer.setdefault(place, program) == program, f"{writer[place]} and {program}"
+        return store(ptrs, value, mask, *how)
+
+    def added(op, ptr, value, mask, *how):
+        first = interpreter_builder.grid_idx[0]
+        for place in ptr.data[mask.data].tolist():
+            assert counter.setdefault(place, first) == first, (
+                f"programs {counter[place]} and {first} count together"
+            )
+        return add(op, ptr, value, mask, *how)
+
+    interpreter_builder.create_masked_store, interpreter_builder.create_atomic_rmw = stored, added
+    run()
+    interpreter_builder.create_masked_store, interpreter_builder.create_atomic_rmw = store, add
+    return len(writer)
+
+
 def check_cost():
     """Two products for each pair of blocks in which some query sees some key, and none for any other pair."""
-    packings = ((96, 96, 17, {}), (48, 96, 40, {}), (96, 96, None, {}), (20, 90, 30, {"offset": 27}))
-    for queries, keys, window, packing in packings:
-        q, k, v = states(1, queries, keys, 1, 1, 16, torch.float32)
+    packings = (
+        (96, 96, 17, 1, {}),
+        (48, 96, 40, 1, {}),
+        (96, 96, None, 1, {}),
+        (20, 90, 30, 1, {"offset": 27}),
+    )
+    for queries, keys, window, heads, packing in (*packings, (40, 96, 9, 3, {})):
+        q, k, v = states(1, queries, keys, heads, 1, 16, torch.float32)
         bounds = key_bounds(queries, keys, device=CPU, window=window, causal=True, **packing)
-        holed = bounds.clone()
+        holed, empty = bounds.clone(), torch.full_like(bounds, 5)
         # a query that sees nothing, wherever its interval lies, costs nothing
         holed[:, :, 1::3], holed[:, :, 2::3] = 0, keys
         offset = packing.get("offset", keys - queries)
-        for way in ((None, window or 0, True, offset), (bounds, 0, False, 0), (holed, 0, False, 0)):
-            seen = reference.visible_in(bounds if way[0] is None else way[0], keys)
-            seen = torch.nn.functional.pad(seen, (0, -keys % 16, 0, -queries % 16))
-            pairs = seen.unflatten(2, (-1, 16)).unflatten(1, (-1, 16)).any(4).any(2).sum()
-            made = count_products(functools.partial(launch.forward, q, k, v, *way, 0.25, SMALL))
+        for given in (None, bounds, holed, empty):
+            way = (given, 0, False, 0) if given is not None else (None, window or 0, True, offset)
+            seen = reference.visible_in(bounds if given is None else given, keys)
+            tile = 16 // heads
+            seen = torch.nn.functional.pad(seen, (0, -keys % 16, 0, -queries % tile))
+            pairs = seen.unflatten(2, (-1, 16)).unflatten(1, (-1, tile)).any(4).any(2).sum()
+            run = functools.partial(launch.forward, q, k, v, *way, 0.25, SMALL)
+            made = count_products(run)
             assert made == 2 * pairs, f"{made} products for {pairs} pairs of blocks"
+            assert check_owners(run) == queries * heads * 17, "an output or a logarithm of a row"
 
 
 def check_groups():
