@@ -42,13 +42,14 @@ def decode_kernel(
         start = seen * 0
     oldest = seen - T + 1 - window
     lowest = tl.maximum(tl.maximum(oldest, seen - W), start)
-    # positions are counted from the first chunk that holds a visible key: near 2^31 no sum would fit 32 bits
-    base = start + (lowest - start) // CHUNK * CHUNK
-    turn = base % W
-    lowest -= base
-    seen -= base
+    first = start + (lowest - start) // CHUNK * CHUNK
+    # whole turns of the ring are left out of the count: near 2^31 no sum of positions would fit 32 bits
+    turns = first // W * W
+    lowest -= turns
+    seen -= turns
+    first -= turns
     # programs beyond the last chunk have nothing to do; an empty row still needs its zeros
-    active = tl.maximum(tl.cdiv(seen, CHUNK), 1)
+    active = tl.maximum(tl.cdiv(seen - first, CHUNK), 1)
 
     if split < active:
         row = block * BR + tl.arange(0, BR)
@@ -66,20 +67,20 @@ def decode_kernel(
         v_row = v_ptr + b * svb + head.to(tl.int64) * svh + d[None, :]
         s_row = b * ssb + head.to(tl.int64) * ssh
 
-        origin = split * CHUNK
+        origin = first + split * CHUNK
         # whole steps that lie before the window are left out, without moving the others
         begin = origin + tl.maximum(lowest - origin, 0) // BN * BN
         end = tl.minimum(origin + CHUNK, seen)
         m, l, acc = _over_keys(
-            q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, turn, W, window,
-            skw, svw, BR, BD, BN, INT8, False, STAGES, DTYPE,
+            q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, W, window, skw, svw,
+            BR, BD, BN, INT8, False, STAGES, DTYPE,
         )  # fmt: skip
         if SEVERAL:  # noqa: SIM102 (one is known when compiled)
             # rare, so the loop above does not look for it; in narrow steps, which take no registers from that one
             if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
                 m, l, acc = _over_keys(
-                    q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, turn, W,
-                    window, skw, svw, BR, BD, 16, INT8, True, 1, DTYPE,
+                    q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, W, window,
+                    skw, svw, BR, BD, 16, INT8, True, 1, DTYPE,
                 )  # fmt: skip
 
         mask = in_rows[:, None] & mask_d
@@ -118,12 +119,11 @@ def decode_kernel(
 
 @triton.jit
 def _over_keys(
-    q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, turn, W, window, skw,
-    svw, BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, INT8: tl.constexpr, CAREFUL: tl.constexpr,
+    q, query, k_row, v_row, s_row, ks_ptr, vs_ptr, mask_d, scale, begin, end, lowest, seen, W, window, skw, svw,
+    BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, INT8: tl.constexpr, CAREFUL: tl.constexpr,
     STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Positions begin .. end - 1, position p in slot (p + turn) % W: largest score, sum of weights, and weighted sum
-    of the values.
+    """Positions begin .. end - 1: largest score, sum of weights, and weighted sum of the values.
 
     CAREFUL: a value that is not finite makes those queries nan that see its key, and no other: zero times nan is nan.
     """
@@ -133,7 +133,7 @@ def _over_keys(
     for p0 in tl.range(begin, end, BN, num_stages=STAGES):
         p = p0 + tl.arange(0, BN)
         held = (p >= lowest) & (p < seen)
-        slot = ((p + turn) % W).to(tl.int64)
+        slot = (p % W).to(tl.int64)
         load = held[:, None] & mask_d
         k = tl.load(k_row + slot[:, None] * skw, mask=load, other=0)
         s = tl.dot(q, tl.trans(k.to(DTYPE)), input_precision="ieee") * scale

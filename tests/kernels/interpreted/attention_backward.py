@@ -74,7 +74,7 @@ def check_shapes():
 
 
 def check_packing():
-    starts, lengths = torch.tensor([3, 16, 1]), torch.tensor([30, 9, 0])
+    starts, lengths = torch.tensor([16, 3, 1]), torch.tensor([9, 30, 0])
     tensors = states(3, 35, 35, 1, 1, 16, torch.float16)
     check(tensors, "padding on both sides", 20, starts=starts, lengths=lengths)
     check(tensors, "left padding, no window", starts=starts)
