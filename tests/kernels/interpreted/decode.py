@@ -160,8 +160,8 @@ def check_counts_near_the_end_of_32_bits():
 
 def check_owners_of_parts():
     """Each program leaves its part in a place of its own, rows of unlike lengths and blocks of rows too."""
-    q, given, _, _ = case((150, 9, 0, 300), 72, 2, 16, 200, torch.float16, queries=2)
-    rows, chunks = 2 * 36, (3, 1, 0, 4)
+    q, given, _, _ = case((300, 150, 9, 0), 72, 2, 16, 200, torch.float16, queries=2)
+    rows, chunks = 2 * 36, (4, 3, 1, 0)
     parts = sum(n for n in chunks if n > 1) * 2 * rows * (16 + 2)
     made = check_owners(lambda: ops.decode_attention(q, **given, impl="triton"))
     assert made == q.numel() + parts, f"{made} places written, outputs {q.numel()} and parts {parts}"
