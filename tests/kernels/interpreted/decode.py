@@ -171,6 +171,13 @@ def check_long_sums():
     """Many steps of one program: a sum that is kept in half precision between them loses bits."""
     before, tuning_decode.CHUNK = tuning_decode.CHUNK, 4096
     check((3000,), 2, 1, 16, 3000, torch.float16)
+    # keys that all weigh about the same: their sum is a large number
+    q, given, _, _ = case((6000,), 2, 1, 16, 6000, torch.float16)
+    rest = given["seen"], None, None, None, None, 0.02
+    ring = given["keys"], given["values"]
+    right = decode_reference.decode_attention(q.double(), *(x.double() for x in ring), *rest)
+    out = ops.decode_attention(q, **given, scale=0.02, impl="triton")
+    check_budget(out, decode_reference.decode_attention(q, *ring, *rest), right, "thousands of like weights")
     tuning_decode.CHUNK = before
 
 
