@@ -35,16 +35,21 @@ def decode_kernel(
     splits = tl.num_programs(1)
 
     # an empty row may come with any count of padding, and with a negative count of positions
-    seen = tl.maximum(tl.load(seen_ptr + b).to(tl.int32), 0)
+    seen = tl.maximum(tl.load(seen_ptr + b), 0).to(tl.int32)
     if START:
-        start = tl.minimum(tl.maximum(tl.load(start_ptr + b).to(tl.int32), 0), seen)
+        start = tl.minimum(tl.maximum(tl.load(start_ptr + b), 0).to(tl.int32), seen)
     else:
         start = seen * 0
     oldest = seen - T + 1 - window
     lowest = tl.maximum(tl.maximum(oldest, seen - W), start)
-    first = (lowest - start) // CHUNK
+    first = start + (lowest - start) // CHUNK * CHUNK
+    # whole turns of the ring are left out of the count: near 2^31 no sum of positions would fit 32 bits
+    turns = first // W * W
+    lowest -= turns
+    seen -= turns
+    first -= turns
     # programs beyond the last chunk have nothing to do; an empty row still needs its zeros
-    active = tl.maximum(tl.cdiv(seen - start, CHUNK) - first, 1)
+    active = tl.maximum(tl.cdiv(seen - first, CHUNK), 1)
 
     if split < active:
         row = block * BR + tl.arange(0, BR)
@@ -62,7 +67,7 @@ def decode_kernel(
         v_row = v_ptr + b * svb + head.to(tl.int64) * svh + d[None, :]
         s_row = b * ssb + head.to(tl.int64) * ssh
 
-        origin = start + (first + split) * CHUNK
+        origin = first + split * CHUNK
         # whole steps that lie before the window are left out, without moving the others
         begin = origin + tl.maximum(lowest - origin, 0) // BN * BN
         end = tl.minimum(origin + CHUNK, seen)
@@ -194,8 +199,8 @@ def decode_attention(
     decode_kernel[(programs, splits)](
         q, keys, values, key_scales, value_scales, seen, start, out, sums, stats, counters(q.device, programs),
         scale * 1.4426950408889634, queries, groups, slots,
-        # no position is farther away than this, and half of int32 is left for sums
-        1 << 30 if window is None else window,
+        # the ring holds nothing that is farther away
+        slots if window is None else window,
         q.stride(0), q.stride(1), q.stride(2), *keys.stride()[:3], *values.stride()[:3], *scales,
         G=heads // groups, D=width, BD=max(16, triton.next_power_of_2(width)), BR=tile, BN=config.bn,
         CHUNK=tuning_decode.chunk_of(span), INT8=key_scales is not None, START=start is not None,

@@ -9,7 +9,7 @@ from . import decode_cpu, decode_reference
 from .checks import FLOATS, has_triton, hold, runs_triton
 from .tuning_decode import MAX_HEAD_DIM
 
-_MOST_SEEN = (1 << 30) - 1
+_MOST_SEEN = (1 << 31) - 1
 
 
 def decode_attention(
@@ -34,7 +34,7 @@ def decode_attention(
         q: [B, H, D], already written to the ring; or [B, T, H, D], the T newest positions (speculative steps).
         keys, values: [B, KV, W, D], of q's dtype, or int8 codes; H is a multiple of KV.
         seen: int32 or int64 [B]: positions each row has written, q's own included; a row with 0 gives zeros. At most
-            2^30 - 1 for the kernel, which on a GPU is asserted there, for int64.
+            2^31 - 1 for the kernel, which on a GPU is asserted there, for int64.
         start: int32 or int64 [B]: the first position that counts; left padding lies before it.
         window: keys a query sees with its own; None: all that the ring holds.
         scale: of the scores; D ** -0.5 by default.
@@ -172,7 +172,7 @@ def _decode(
 
         for name, t in (("seen", seen), ("start", start)):
             if t is not None and t.dtype == torch.int64:
-                # the kernel counts in 32 bits, and half of them are left for sums
+                # the kernel counts in 32 bits
                 hold((t <= _MOST_SEEN).all(), f"{name} must be at most {_MOST_SEEN}", t)
         return decode.decode_attention(*arguments)
     if impl == "auto" and q.device.type == "cpu":

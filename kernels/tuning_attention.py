@@ -33,9 +33,9 @@ _TABLE: dict[int, dict[int, AttentionConfigs]] = {
         64: AttentionConfigs(
             AttentionConfig(128, 128, 8, 2), AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 128, 8, 2)
         ),
-        # forward with 128 keys a tile spills under triton 3.6
+        # under triton 3.6 forward with 128 keys a tile spills, and dkdv too (between its loops)
         128: AttentionConfigs(
-            AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 2), AttentionConfig(32, 128, 8, 2)
+            AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 2), AttentionConfig(32, 64, 8, 2)
         ),
         96: AttentionConfigs(
             AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 2), AttentionConfig(32, 64, 8, 2)

@@ -18,20 +18,9 @@ from brise.eval.engines import CellDied, CellTimeout, Inline, Processes, portabl
 from brise.eval.record import read_rows
 from brise.eval.speed import SpeedProtocol
 from brise.eval.sweep import how_far, run_sweep
-from brise.quant.config import ConfigError, QuantConfig, QuantSpec, Rule
+from brise.quant.config import ConfigError
 
-
-def rules(**spec) -> QuantConfig:
-    return QuantConfig((Rule(("*layers.*",), QuantSpec(**spec)),))
-
-
-CONFIGS = {"int8": rules(format="int8"), "nf4": rules(format="nf4", group_size=32)}
-
-
-def figures(rows):
-    return {
-        row.name: (row.key, row.perplexity, row.divergence, row.memory.bytes, row.protocol) for row in rows
-    }
+from .small_sweep import CONFIGS, figures, rules
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,9 @@ import pytest
 from brise.eval.spec import SpecError, load_spec, run_spec
 from brise.eval.sweep import run_sweep
 from brise.model.checkpoint import CheckpointError
-from brise.quant.config import QuantConfig, QuantSpec, Rule
+from brise.quant.config import QuantConfig, QuantSpec
 
-
-def rules(**spec) -> QuantConfig:
-    return QuantConfig((Rule(("*layers.*",), QuantSpec(**spec)),))
-
-
-CONFIGS = {"int8": rules(format="int8"), "nf4": rules(format="nf4", group_size=32)}
+from .small_sweep import CONFIGS
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
 """Run by test_interpreted.py under TRITON_INTERPRET=1: the gradient kernels on the CPU against float64 autograd."""
 
+import functools
+
+import attention_forward
 import torch
-from triton.runtime.interpreter import interpreter_builder
+from attention_forward import CPU, NAN, check_owners, count_products, guarded, poison
 
 from brise.kernels import attention_launch as launch
 from brise.kernels import attention_reference as reference
@@ -12,16 +15,12 @@ from brise.kernels.tuning_attention import AttentionConfig, AttentionConfigs
 
 SMALL = AttentionConfigs(*(AttentionConfig(bm=16, bn=16, warps=4, stages=1),) * 3)
 WIDE = AttentionConfigs(*(AttentionConfig(bm=64, bn=32, warps=4, stages=1),) * 3)
-CPU = torch.device("cpu")
-NAN = float("nan")
 
 
-def states(batch, queries, keys, heads, kv, head_dim, dtype, gap=0):
-    """q, k, v, dout: views [B, S, H, D] of [B, H, S, D], with a gap between rows."""
-    shapes = ((heads, queries), (kv, keys), (kv, keys), (heads, queries))
-    return [
-        torch.randn(batch, h, s, head_dim + gap).to(dtype)[..., :head_dim].transpose(1, 2) for h, s in shapes
-    ]
+def states(batch, queries, keys, heads, kv, head_dim, dtype):
+    """q, k, v, dout: as those of the forward, and dout with strides of its own as well."""
+    dout = torch.randn(batch, queries, heads, head_dim + 4).to(dtype)[..., :head_dim]
+    return [*attention_forward.states(batch, queries, keys, heads, kv, head_dim, dtype), guarded(dout)]
 
 
 def autograd(tensors, seen, scale, dlse, dtype):
@@ -59,22 +58,23 @@ def check(tensors, what, window=None, causal=True, config=SMALL, dlse=None, both
 
 
 def check_shapes():
-    cases = ((64, 4, 1, "float16"), (96, 3, 1, "float16"), (96, 1, 1, "float32"), (128, 4, 1, "float32"))
+    cases = ((64, 4, 1, "float16"), (96, 3, 1, "float16"), (96, 4, 4, "float32"), (128, 4, 1, "float32"))
     for head_dim, heads, kv, dtype in (*cases, (256, 5, 1, "float16")):
-        tensors = states(1, 21, 21, heads, kv, head_dim, getattr(torch, dtype), gap=3)
+        tensors = states(1, 33, 33, heads, kv, head_dim, getattr(torch, dtype))
         check(tensors, f"head_dim {head_dim}, {heads} heads over {kv}, {dtype}", 9, config=WIDE)
-    for window in (2, 16, 17, 36, None):
+    check(states(1, 21, 32, 1, 1, 96, torch.float16), "every block of keys seen whole", causal=False)
+    for window in (2, 16, 17, 31, 36, None):
         check(states(1, 37, 37, 1, 1, 16, torch.float32), f"window {window}", window, both=window == 17)
     check(states(1, 37, 37, 1, 1, 16, torch.float32), "not causal", causal=False)
     check(states(2, 19, 50, 2, 2, 16, torch.float16), "more keys than queries", 20)
-    check(states(1, 50, 19, 2, 1, 16, torch.float32), "fewer keys than queries", 20, config=WIDE)
+    check(states(1, 50, 19, 6, 3, 16, torch.float32), "fewer keys than queries", 20, config=WIDE)
     check(states(1, 3, 3, 2, 1, 16, torch.float16), "three tokens", 2)
     unlike = AttentionConfigs(*(AttentionConfig(m, n, 4, 1) for m, n in ((32, 16), (16, 64), (32, 16))))
     check(states(1, 61, 61, 2, 1, 16, torch.float16), "other blocks", 20, config=unlike)
 
 
 def check_packing():
-    starts, lengths = torch.tensor([3, 16, 1]), torch.tensor([30, 9, 0])
+    starts, lengths = torch.tensor([16, 3, 1]), torch.tensor([9, 30, 0])
     tensors = states(3, 35, 35, 1, 1, 16, torch.float16)
     check(tensors, "padding on both sides", 20, starts=starts, lengths=lengths)
     check(tensors, "left padding, no window", starts=starts)
@@ -87,6 +87,16 @@ def check_lse():
     """The gradient of the log of the denominator, as whoever joins two parts of the keys takes it."""
     tensors = states(2, 20, 20, 2, 1, 16, torch.float32)
     check(tensors, "lse", 6, dlse=torch.randn(2, 20, 2))
+
+
+def check_long_sums():
+    """Many blocks of one sum: what is kept in half precision between them loses bits. And large scores."""
+    steps = AttentionConfigs(*(AttentionConfig(m, n, 4, 1) for m, n in ((64, 64), (64, 16), (16, 64))))
+    check(states(1, 400, 16, 4, 1, 16, torch.float16), "many queries of a key", causal=False, config=steps)
+    check(states(1, 2, 1600, 2, 1, 16, torch.float16), "many keys of a query", config=steps)
+    q, k, v, dout = states(1, 20, 70, 2, 1, 16, torch.float32)
+    q *= 60
+    check((q, k, v, dout), "large scores", 40, both=True)
 
 
 def check_untouched():
@@ -113,42 +123,20 @@ def check_untouched():
                 assert torch.equal(one[:, here], whole[:, here]), first
 
 
-def count_products(run):
-    """How many tile products a launch makes."""
-    made, make = [], interpreter_builder.create_dot
-
-    def counted(*arguments):
-        made.append(arguments)
-        return make(*arguments)
-
-    interpreter_builder.create_dot = counted
-    run()
-    interpreter_builder.create_dot = make
-    return len(made)
-
-
 def check_cost():
     """Three products for dq and four for dk and dv where a query of the block sees a key, none for other blocks."""
-    length, window = 80, 17
-    q, k, v, dout = states(1, length, length, 1, 1, 16, torch.float32)
-    seen = reference.visible(1, length, length, window=window, causal=True)
-    pairs = seen.unflatten(2, (-1, 16)).unflatten(1, (-1, 16)).any(4).any(2).sum()
-    bounds = key_bounds(length, length, device=CPU, window=window, causal=True)
-    for way in ((None, window, True, 0, 0.25), (bounds, 0, False, 0, 0.25)):
-        saved = launch.forward(q, k, v, *way, SMALL.forward)
-        made = count_products(lambda way=way, o=saved: launch.backward(dout, None, q, k, v, *o, *way, SMALL))
-        assert made == 7 * pairs, f"{made} products for {pairs} pairs of blocks"
-
-
-def poison():
-    """Outputs come from torch.empty: fill it with NaN, so that an element left unwritten shows."""
-    make = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = make(*args, **kwargs)
-        return out.fill_(NAN) if out.is_floating_point() else out
-
-    torch.empty = poisoned
+    for queries, keys, window, offset in ((80, 80, 17, 0), (80, 80, 40, 0), (42, 90, 17, 0)):
+        q, k, v, dout = states(1, queries, keys, 1, 1, 16, torch.float32)
+        seen = reference.visible(1, queries, keys, window=window, causal=True, offset=offset)
+        seen = torch.nn.functional.pad(seen, (0, -keys % 16, 0, -queries % 16))
+        pairs = seen.unflatten(2, (-1, 16)).unflatten(1, (-1, 16)).any(4).any(2).sum()
+        bounds = key_bounds(queries, keys, device=CPU, window=window, causal=True, offset=offset)
+        for way in ((None, window, True, offset, 0.25), (bounds, 0, False, 0, 0.25)):
+            saved = launch.forward(q, k, v, *way, SMALL.forward)
+            run = functools.partial(launch.backward, dout, None, q, k, v, *saved, *way, SMALL)
+            made = count_products(run)
+            assert made == 7 * pairs, f"{made} products for {pairs} pairs of blocks"
+            assert check_owners(run) == queries * 17 + keys * 32, "dq and what it leaves to dk, dk, dv"
 
 
 if __name__ == "__main__":
@@ -158,6 +146,7 @@ if __name__ == "__main__":
     check_shapes()
     check_packing()
     check_lse()
+    check_long_sums()
     check_untouched()
     check_cost()
     print("interpreted attention backward: all within budget")

@@ -1,6 +1,8 @@
 """Run by test_interpreted.py under TRITON_INTERPRET=1: the forward kernel on the CPU against float64."""
 
+import ctypes
 import functools
+import mmap
 import tempfile
 
 import torch
@@ -20,12 +22,26 @@ CPU = torch.device("cpu")
 NAN = float("nan")
 
 
-def states(batch, queries, keys, heads, kv, head_dim, dtype, gap=0):
-    """q, k, v as transformers hands them on: views [B, S, H, D] of [B, H, S, D], with a gap between rows."""
-    shapes = ((heads, queries), (kv, keys), (kv, keys))
-    return [
-        torch.randn(batch, h, s, head_dim + gap).to(dtype)[..., :head_dim].transpose(1, 2) for h, s in shapes
-    ]
+def guarded(x):
+    """A copy of x with its strides: NaN between its elements, and behind the last one memory whose touch kills."""
+    span = sum((n - 1) * step for n, step in zip(x.shape, x.stride())) + 1 if x.numel() else 0
+    size = -(-max(span, 1) * x.element_size() // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), mmap.PAGESIZE, 0) == 0
+    flat = torch.frombuffer(memory, dtype=x.dtype, count=size // x.element_size())
+    flat.fill_(NAN if x.is_floating_point() else 127)
+    out = flat.as_strided(x.shape, x.stride(), flat.numel() - span)
+    return out.copy_(x)
+
+
+def states(batch, queries, keys, heads, kv, head_dim, dtype):
+    """q, k, v [B, S, H, D], no two of them with the same strides; q and v as transformers hands them on, views of
+    [B, H, S, D]."""
+    q = torch.randn(batch, heads, queries, head_dim + 1).transpose(1, 2)
+    k = torch.randn(batch, keys, kv, head_dim + 2)
+    v = torch.randn(batch, kv, keys, head_dim + 3).transpose(1, 2)
+    return [guarded(x.to(dtype)[..., :head_dim]) for x in (q, k, v)]
 
 
 def check(q, k, v, what, window=None, causal=True, config=SMALL, both=False, **packing):
@@ -61,14 +77,17 @@ def check_shapes():
     """Head sizes, groups (one that divides no block), dtypes, lengths that are no multiple of a block."""
     cases = ((64, 4, 1, "float16"), (96, 3, 1, "float16"), (96, 2, 2, "float32"), (128, 4, 1, "float32"))
     for head_dim, heads, kv, dtype in (*cases, (256, 5, 1, "float16")):
-        q, k, v = states(1, 21, 21, heads, kv, head_dim, getattr(torch, dtype), gap=3)
+        q, k, v = states(1, 21, 21, heads, kv, head_dim, getattr(torch, dtype))
         check(q, k, v, f"head_dim {head_dim}, {heads} heads over {kv}, {dtype}", 9, config=WIDE)
+    check(*states(1, 21, 32, 1, 1, 96, torch.float16), "every block of keys seen whole", causal=False)
     q, k, v = states(2, 19, 50, 4, 2, 16, torch.float16)
     check(q, k, v, "more keys than queries", 20)
     check(q, k, v, "more keys than queries, no window", config=WIDE)
     q, k, v = q[:1], k[:1], v[:1]
     check(q, k, v, "an offset of its own", 7, offset=11)
     check(q, k, v, "queries before the first key", 7, offset=-5)
+    check(q, k, v, "queries behind the last key", 20, offset=40)
+    check(q, k, v, "queries behind the last key, no window", offset=40)
     check(q[:, :1], k, v, "one query", 20)
     check(q[:, :1], k[:, :1], v[:, :1], "one token", 3)
     check(
@@ -104,6 +123,22 @@ def check_empty():
         check(q, k, v, f"batch, queries, keys {shape}", 2)
 
 
+def check_large_scores():
+    """Scores of some hundreds, of either sign: e to their power is no float, so what is taken off them counts."""
+    q, k, v = states(1, 20, 70, 2, 1, 16, torch.float32)
+    q *= 60
+    check(q, k, v, "large scores", 40, both=True)
+    k.copy_(-q[:, :1, :1].sign() * 5)
+    check(q[:, :1, :1], k, v, "large negative scores")
+
+
+def check_long_sums():
+    """Many blocks of one row, values of one sign: a sum that is kept in half precision between them loses bits."""
+    q, k, v = states(1, 2, 1600, 2, 1, 16, torch.float16)
+    v += 2
+    check(q, k, v, "a long row", both=True)
+
+
 def check_untouched():
     """Keys outside what a tile of queries sees are not read: a NaN there would spread, as 0 * NaN is NaN.
 
@@ -137,16 +172,58 @@ def count_products(run):
     return len(made)
 
 
+def check_owners(run):
+    """No two programs write to one place, nor do two that take one counter differ in the first number of theirs: here
+    they run one after the other, so that a collision would go unseen."""
+    writer, counter = {}, {}
+    store, add = interpreter_builder.create_masked_store, interpreter_builder.create_atomic_rmw
+
+    def stored(ptrs, value, mask, *how):
+        program = interpreter_builder.grid_idx
+        for place in ptrs.data[mask.data].tolist():
+            if place not in counter:
+                assert writer.setdefault(place, program) == program, f"{writer[place]} and {program}"
+        return store(ptrs, value, mask, *how)
+
+    def added(op, ptr, value, mask, *how):
+        first = interpreter_builder.grid_idx[0]
+        for place in ptr.data[mask.data].tolist():
+            assert counter.setdefault(place, first) == first, (
+                f"programs {counter[place]} and {first} count together"
+            )
+        return add(op, ptr, value, mask, *how)
+
+    interpreter_builder.create_masked_store, interpreter_builder.create_atomic_rmw = stored, added
+    run()
+    interpreter_builder.create_masked_store, interpreter_builder.create_atomic_rmw = store, add
+    return len(writer)
+
+
 def check_cost():
     """Two products for each pair of blocks in which some query sees some key, and none for any other pair."""
-    for queries, keys, window in ((96, 96, 17), (48, 96, 40), (96, 96, None)):
-        q, k, v = states(1, queries, keys, 1, 1, 16, torch.float32)
-        seen = reference.visible(1, queries, keys, window=window, causal=True)
-        pairs = seen.unflatten(2, (-1, 16)).unflatten(1, (-1, 16)).any(4).any(2).sum()
-        bounds = key_bounds(queries, keys, device=CPU, window=window, causal=True)
-        for way in ((None, window or 0, True, keys - queries), (bounds, 0, False, 0)):
-            made = count_products(functools.partial(launch.forward, q, k, v, *way, 0.25, SMALL))
+    packings = (
+        (96, 96, 17, 1, {}),
+        (48, 96, 40, 1, {}),
+        (96, 96, None, 1, {}),
+        (20, 90, 30, 1, {"offset": 27}),
+    )
+    for queries, keys, window, heads, packing in (*packings, (40, 96, 9, 3, {})):
+        q, k, v = states(1, queries, keys, heads, 1, 16, torch.float32)
+        bounds = key_bounds(queries, keys, device=CPU, window=window, causal=True, **packing)
+        holed, empty = bounds.clone(), torch.full_like(bounds, 5)
+        # a query that sees nothing, wherever its interval lies, costs nothing
+        holed[:, :, 1::3], holed[:, :, 2::3] = 0, keys
+        offset = packing.get("offset", keys - queries)
+        for given in (None, bounds, holed, empty):
+            way = (given, 0, False, 0) if given is not None else (None, window or 0, True, offset)
+            seen = reference.visible_in(bounds if given is None else given, keys)
+            tile = 16 // heads
+            seen = torch.nn.functional.pad(seen, (0, -keys % 16, 0, -queries % tile))
+            pairs = seen.unflatten(2, (-1, 16)).unflatten(1, (-1, tile)).any(4).any(2).sum()
+            run = functools.partial(launch.forward, q, k, v, *way, 0.25, SMALL)
+            made = count_products(run)
             assert made == 2 * pairs, f"{made} products for {pairs} pairs of blocks"
+            assert check_owners(run) == queries * heads * 17, "an output or a logarithm of a row"
 
 
 def check_groups():
@@ -177,7 +254,7 @@ def poison():
 
     def poisoned(*args, **kwargs):
         out = make(*args, **kwargs)
-        return out.fill_(NAN) if out.is_floating_point() else out
+        return guarded(out.fill_(NAN)) if out.is_floating_point() else out
 
     torch.empty = poisoned
 
@@ -191,6 +268,8 @@ if __name__ == "__main__":
     check_padding()
     check_packed()
     check_empty()
+    check_large_scores()
+    check_long_sums()
     check_untouched()
     check_cost()
     check_groups()

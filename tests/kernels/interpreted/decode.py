@@ -4,8 +4,9 @@ import itertools
 import math
 
 import torch
+from attention_forward import check_owners, guarded, poison
 
-from brise.kernels import launch, ops, tuning_decode
+from brise.kernels import decode_reference, launch, ops, tuning_decode
 from brise.kernels.budget import check_budget
 
 NAN = float("nan")
@@ -32,16 +33,19 @@ def quantized(x):
 
 
 def case(seen, heads, groups, width, slots, dtype, window=None, start=None, int8=False, queries=1):
-    """Everything random; unwritten slots hold nan (codes: 127 and a scale of nan)."""
+    """Everything random; unwritten slots hold nan (codes: 127 and a scale of nan). Strides unlike each other."""
     batch = len(seen)
+    kind, empty = (torch.int8, 127) if int8 else (dtype, NAN)
     ring = {
-        "keys": torch.full((batch, groups, slots, width), NAN).to(dtype),
-        "values": torch.full((batch, groups, slots, width), NAN).to(dtype),
+        "keys": torch.full((batch, groups, slots, width + 1), empty, dtype=kind)[..., :width],
+        "values": torch.full((batch, slots, groups, width + 2), empty, dtype=kind)[..., :width].transpose(
+            1, 2
+        ),
     }
     if int8:
-        ring = {name: torch.full(t.shape, 127, dtype=torch.int8) for name, t in ring.items()}
         ring |= {s: torch.full((batch, groups, slots), NAN) for s in ("key_scales", "value_scales")}
-    q = torch.randn(batch, queries, heads, width).to(dtype) * 2
+    ring = {name: guarded(t) for name, t in ring.items()}
+    q = guarded((torch.randn(batch, heads, queries, width + 3).to(dtype) * 2)[..., :width].transpose(1, 2))
     exact, eager = torch.zeros(q.shape, dtype=torch.float64), torch.zeros_like(q)
     for b, count in enumerate(seen):
         past = {name: torch.randn(groups, count, width).to(dtype) for name in ("keys", "values")}
@@ -119,14 +123,88 @@ def check_what_breaks_behind():
                 assert torch.allclose(out[1, :2], plain[1, :2], rtol=2e-3, atol=2e-3)
 
 
+def check_counts_of_nothing():
+    """A row that has seen nothing, or whose padding takes all it has: zeros."""
+    ring = torch.full((4, 1, 16, 16), NAN)
+    for kind in (torch.int32, torch.int64):
+        seen = torch.tensor([0, -3, -(1 << 31), 9], dtype=kind)
+        starts = torch.tensor([0, 5, 3, 9], dtype=kind), torch.tensor([0, 0, 0, 300], dtype=kind)
+        for start in starts:
+            out = ops.decode_attention(torch.ones(4, 1, 16), ring, ring, seen, start=start, impl="triton")
+            assert torch.equal(out, torch.zeros_like(out))
+    far = torch.tensor([-(1 << 32) + 5] * 4)
+    assert not ops.decode_attention(torch.ones(4, 1, 16), ring, ring, far, impl="triton").any()
+    # padding cannot lie before the first position
+    q, given, _, _ = case((40,), 2, 1, 16, 64, torch.float32)
+    want = ops.decode_attention(q, **given, impl="triton")
+    assert torch.equal(ops.decode_attention(q, **given, start=torch.tensor([-7]), impl="triton"), want)
+
+
+def check_counts_near_the_end_of_32_bits():
+    """As far as int32 reaches: the sums of positions do not leave it."""
+    slots, queries = 150, 3
+    q, given, _, _ = case((slots,) * 2, 4, 2, 16, slots, torch.float16, queries=queries)
+    seen = torch.tensor([(1 << 31) - 1, (1 << 30) + 1])
+    exact = [given[name].double() for name in ("keys", "values")]
+    eager = [given[name] for name in ("keys", "values")]
+    for start in (None, seen - 70, seen - (1 << 30) - 5):
+        for window in (None, 90):
+            rest = seen, start, None, None, window, 0.25
+            right = decode_reference.decode_attention(q.double(), *exact, *rest)
+            plain = decode_reference.decode_attention(q, *eager, *rest)
+            kind = torch.int32 if window is None else torch.int64
+            given |= {"seen": seen.to(kind), "start": None if start is None else start.to(kind)}
+            out = ops.decode_attention(q, **given, window=window, scale=0.25, impl="triton")
+            check_budget(out, plain, right, f"positions near 2^31, {start} {window}")
+
+
+def check_owners_of_parts():
+    """Each program leaves its part in a place of its own, rows of unlike lengths and blocks of rows too."""
+    q, given, _, _ = case((300, 150, 9, 0), 72, 2, 16, 200, torch.float16, queries=2)
+    rows, chunks = 2 * 36, (4, 3, 1, 0)
+    parts = sum(n for n in chunks if n > 1) * 2 * rows * (16 + 2)
+    made = check_owners(lambda: ops.decode_attention(q, **given, impl="triton"))
+    assert made == q.numel() + parts, f"{made} places written, outputs {q.numel()} and parts {parts}"
+
+
+def check_long_sums():
+    """Many steps of one program: a sum that is kept in half precision between them loses bits."""
+    before, tuning_decode.CHUNK = tuning_decode.CHUNK, 4096
+    check((3000,), 2, 1, 16, 3000, torch.float16)
+    # keys that all weigh about the same: their sum is a large number
+    q, given, _, _ = case((6000,), 2, 1, 16, 6000, torch.float16)
+    rest = given["seen"], None, None, None, None, 0.02
+    ring = given["keys"], given["values"]
+    right = decode_reference.decode_attention(q.double(), *(x.double() for x in ring), *rest)
+    out = ops.decode_attention(q, **given, scale=0.02, impl="triton")
+    check_budget(out, decode_reference.decode_attention(q, *ring, *rest), right, "thousands of like weights")
+    tuning_decode.CHUNK = before
+
+
+def check_large_scores():
+    """Scores of some hundreds, of either sign: what is taken off them before e to their power counts."""
+    q, given, _, _ = case((70, 150), 2, 1, 16, 160, torch.float32)
+    rest = given["seen"], None, None, None, None, 0.25
+    for factor, keys in ((60, given["keys"]), (60, -q[:, :1, :1].sign().expand_as(given["keys"]) * 5)):
+        right, plain = (
+            decode_reference.decode_attention(
+                (q * factor).to(kind), keys.to(kind), given["values"].to(kind), *rest
+            )
+            for kind in (torch.float64, torch.float32)
+        )
+        given["keys"] = keys.contiguous()
+        out = ops.decode_attention(q * factor, **given, scale=0.25, impl="triton")
+        check_budget(out, plain, right, "large scores")
+
+
 def check_counts_beyond_32_bits():
     """Refused, and not cut to what is left of them."""
     ring = torch.zeros(1, 1, 16, 16)
     far = (
         {"seen": torch.tensor([(1 << 32) + 3])},
-        {"seen": torch.tensor([9]), "start": torch.tensor([1 << 32])},
+        {"seen": torch.tensor([9]), "start": torch.tensor([1 << 31])},
     )
-    for counts, says in zip(far, ("seen must be at most 1073741823, got [4294967299]", "start must be")):
+    for counts, says in zip(far, ("seen must be at most 2147483647, got [4294967299]", "start must be")):
         try:
             ops.decode_attention(torch.zeros(1, 1, 16), ring, ring, **counts, impl="triton")
         except ValueError as error:
@@ -162,17 +240,6 @@ def check_window_boundary():
             assert math.isclose(float(out[0, 0, 0]), (1 / min(window, seen)) * counts, rel_tol=1e-6)
 
 
-def poison():
-    """Outputs come from torch.empty: fill it with NaN, so that an element left unwritten shows."""
-    make = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = make(*args, **kwargs)
-        return out.fill_(NAN) if out.is_floating_point() else out
-
-    torch.empty = poisoned
-
-
 if __name__ == "__main__":
     assert launch.interpreting()
     torch.manual_seed(0)
@@ -188,6 +255,7 @@ if __name__ == "__main__":
         check((130, 17), 2, 1, 32, 160, dtype, window=100, queries=3, start=(0, 15))
         # the first split holds a key that the first of three queries sees alone
         check((165, 17), 2, 1, 32, 170, dtype, window=100, queries=3)
+    check((250, 20, 90), 2, 1, 16, 240, torch.float32, start=(0, 25, -4))
     check((10, 64, 129), 1, 1, 16, 64, torch.float16)
     check((70,), 17, 1, 96, 64, torch.float16)
     check((70, 3), 2, 2, 128, 100, torch.float16, int8=True)
@@ -196,7 +264,12 @@ if __name__ == "__main__":
     check_padding()
     check_steps()
     check_what_breaks_behind()
+    check_counts_of_nothing()
+    check_counts_near_the_end_of_32_bits()
     check_counts_beyond_32_bits()
+    check_owners_of_parts()
+    check_long_sums()
+    check_large_scores()
     check_strides()
     check_window_boundary()
     assert launch._locks and not any(bool(c.any()) for sets in launch._locks.values() for c in sets)
