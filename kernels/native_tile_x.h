@@ -166,8 +166,8 @@ static void read_chunk(int kind, const weight *w, const tiling *t, const void *x
 
 static void order_digits(int kind, const weight *w, const tiling *t, const void *x, int lane, char *own) {
     const ptrdiff_t part_width = 64 * t->phases / t->parts;
-    for (ptrdiff_t begin = 0, end; begin < t->chunks; begin = end) {
-        end = begin + t->run < t->chunks ? begin + t->run : t->chunks;
+    for (ptrdiff_t begin = 0, end; begin < t->chunks; begin = end) { /* a row is whole runs */
+        end = begin + t->run;
         float numbers[4 * 64];
         uint32_t largest[4] = {0};
         ivec sums[4];

@@ -157,7 +157,7 @@ INLINE void strip_of_tiles(int form, int lanes, const weight *w, const tiling *t
         if (c > 0 && c <= t->chunks) {
             const int lies = c - 1 < whole_chunks && (form == BYTES || form == HALVES);
             uint8_t *made = tiles[(c - 1) & 1];
-            const int begins = run == 0, ends = ++run == t->run || c == t->chunks;
+            const int begins = run == 0, ends = ++run == t->run;
             if (ends) run = 0;
             multiply_tiles(form, passes, begins, ends, lies ? codes + (c - 1) * 64 : made, lies ? row : 64, made, x + (c - 1) * t->record,
                            t->pass, lanes, found[(c - 1) & 1]);
@@ -168,7 +168,7 @@ INLINE void strip_of_tiles(int form, int lanes, const weight *w, const tiling *t
             if (c < whole_chunks) unpack(form, 0, codes + c * 64, row, 16, ~(__mmask64)0, values, tiles[c & 1]);
             else unpack(form, 1, codes + c * 64, row, rows, there, values, tiles[c & 1]);
         }
-        if (c > 1 && (++within == t->run || c == t->chunks + 1)) {
+        if (c > 1 && ++within == t->run) {
             add_up(form, lanes, passes, found[c & 1], x + (c - 2) * t->record, t->pass, scale, zero, index,
                    16 / lanes * t->parts, sums);
             group += within, within = 0;

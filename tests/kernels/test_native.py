@@ -28,6 +28,7 @@ CASES = [
     ("int8", 32, False),
     ("int8", 128, True),
     ("int8", None, True),
+    ("int8", None, False),
     ("int3", None, True),
     ("int3", 32, False),
     ("int3", 64, True),
@@ -201,6 +202,17 @@ def test_rows_of_one_scale_however_long(library, fmt, chunks):
     out = native.matmul(x, w, None, library)
     for row in range(4):
         check_budget(out[row], x[row] @ dense.float().T, x[row].double() @ dense.T)
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4", "int2"])
+def test_what_zero_points_take_away_is_exact(library, fmt):
+    """Of weights whose mean is 0 and activations of one sign: the codes' sum is a hundred times the product."""
+    values = torch.randn(64, 4096)
+    spec = QuantSpec(format=fmt, group_size=None, symmetric=False)
+    w = Weight(fmt, (64, 4096), **rtn(values - values.mean(1, keepdim=True), spec).tensors)
+    dense = reference.dequantize(w, torch.float64)
+    for x in (torch.full((1, 4096), 0x3F7F7F00 * 2.0**-29), torch.rand(1, 4096) + 1):
+        check_budget(native.matmul(x, w, None, library), x @ dense.float().T, x.double() @ dense.T)
 
 
 BEHIND = """
