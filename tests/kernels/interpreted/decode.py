@@ -33,7 +33,7 @@ def quantized(x):
 
 
 def case(seen, heads, groups, width, slots, dtype, window=None, start=None, int8=False, queries=1):
-    """Everything random; unwritten slots hold nan (codes: 127 and a scale of nan). Strides unlike each other."""
+    """Everything random; slots that none may see hold nan (codes: 127, a scale of nan). Strides of their own."""
     batch = len(seen)
     kind, empty = (torch.int8, 127) if int8 else (dtype, NAN)
     ring = {
@@ -59,6 +59,12 @@ def case(seen, heads, groups, width, slots, dtype, window=None, start=None, int8
                     ring[name[:-1] + "_scales"][b, :, p % slots] = scale[:, p]
             true[name] = codes.double() * scale[..., None].double() if int8 else x.double()
         first = 0 if start is None else start[b]
+        oldest = max(first, count - queries + 1 - (slots if window is None else window))
+        for p in range(max(count - slots, 0), min(oldest, count)):
+            # before the padding's end and the window anything may lie
+            ring["keys"][b, :, p % slots] = ring["values"][b, :, p % slots] = empty
+            for name in ("key_scales", "value_scales") if int8 else ():
+                ring[name][b, :, p % slots] = NAN
         for t in range(queries):
             end = count - queries + 1 + t
             if end > 0:
