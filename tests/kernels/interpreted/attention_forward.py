@@ -207,7 +207,7 @@ def check_cost():
         (96, 96, None, 1, {}),
         (20, 90, 30, 1, {"offset": 27}),
     )
-    for queries, keys, window, heads, packing in (*packings, (40, 96, 9, 3, {})):
+    for queries, keys, window, heads, packing in (*packings, (60, 116, 9, 3, {})):
         q, k, v = states(1, queries, keys, heads, 1, 16, torch.float32)
         bounds = key_bounds(queries, keys, device=CPU, window=window, causal=True, **packing)
         holed, empty = bounds.clone(), torch.full_like(bounds, 5)
