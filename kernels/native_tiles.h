@@ -159,8 +159,8 @@ INLINE void strip_of_tiles(int form, int lanes, const weight *w, const tiling *t
             uint8_t *made = tiles[(c - 1) & 1];
             const int begins = run == 0, ends = ++run == t->run;
             if (ends) run = 0;
-            multiply_tiles(form, passes, begins, ends, lies ? codes + (c - 1) * 64 : made, lies ? row : 64, made, x + (c - 1) * t->record,
-                           t->pass, lanes, found[(c - 1) & 1]);
+            multiply_tiles(form, passes, begins, ends, lies ? codes + (c - 1) * 64 : made, lies ? row : 64, made,
+                           x + (c - 1) * t->record, t->pass, lanes, found[(c - 1) & 1]);
         }
         if (c < t->chunks) {
             const ptrdiff_t left = row - c * 64;
