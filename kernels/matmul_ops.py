@@ -9,6 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# by their own names, as this is asked at every product: between two others what a name leads to is out of the caches
+from torch._C import _is_tracing, _len_torch_dispatch_stack
+from torch.compiler import is_compiling
+
 from . import cpu, reference, tuning
 from .checks import FLOATS, TENSORS, check_product, portable, runs_triton, same_device
 from .cpu_direct import Direct
@@ -43,11 +47,13 @@ def needs_no_op(x: Tensor, bias: Tensor | None, t: Sequence[Tensor | None] = ())
     """Whether nobody looks at the op: no gradient, no compiler, no mode. Its dispatch takes as long as a small product
     on a CPU."""
     # asked first: of what comes after, a compiler can make nothing
-    if torch.compiler.is_compiling() or not x.is_cpu or type(x) is not Tensor:
+    if is_compiling() or not x.is_cpu or type(x) is not Tensor:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+    if _len_torch_dispatch_stack() or _is_tracing():
         return False
-    return not (torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, bias, *t)))
+    if not torch.is_grad_enabled():
+        return True
+    return not (x.requires_grad or any(a is not None and a.requires_grad for a in (bias, *t)))
 
 
 def direct(w: PackedWeight, dtype: torch.dtype) -> Direct | None:

@@ -189,7 +189,7 @@ def multiply(
     x = x.contiguous()
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    out = x.new_empty((*x.shape[:-1], n))
     added = None if bias is None else bias.data_ptr()
     rows, kind = x.numel() // k, DTYPES[x.dtype]
     if library.brise_matmul(w, x.data_ptr(), added, out.data_ptr(), rows, kind, batch_invariant):

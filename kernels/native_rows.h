@@ -1,19 +1,31 @@
 /* Which way a product goes, its x in order for that, and its rows a strip at a time. Included by native.c. */
 
-/* AS_IT_IS: of a dense weight, whose x needs no order */
-enum { AS_IT_IS, IN_FP32, IN_BF16, IN_INTEGERS, IN_TILES };
+#ifdef _OPENMP
+int omp_get_max_threads(void);
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+#else
+static int omp_get_max_threads(void) { return 1; }
+static int omp_get_thread_num(void) { return 0; }
+static int omp_get_num_threads(void) { return 1; }
+#endif
+
+/* AS_IT_IS: of a dense weight, whose x needs no order; IN_SHORT_INTEGERS: of x in 16 bits */
+enum { AS_IT_IS, IN_FP32, IN_BF16, IN_INTEGERS, IN_SHORT_INTEGERS, IN_TILES };
 
 /* of m tokens of x of a kind; each `alone`: in no bit dependent on the others, nor on how many there are */
 static int way_of(const weight *w, int kind, ptrdiff_t m, int alone) {
     if (w->bits == 32) return AS_IT_IS;
     if (in_tiles(w, kind, m, alone)) return IN_TILES;
-    if (in_integers(w)) return IN_INTEGERS;
+    if (in_integers(w)) return kind == FP32 ? IN_INTEGERS : IN_SHORT_INTEGERS;
     return kind == BF16 && w->bits == 4 && !w->zero && brise_has_bf16() ? IN_BF16 : IN_FP32;
 }
 
 /* bytes that m tokens of x take in order, and one of them where each has its own */
 static ptrdiff_t token_size(const weight *w, int way) {
-    return way == AS_IT_IS ? w->k * 4 : way == IN_INTEGERS ? integers_size(w) : ordered_size(w) * (way == IN_BF16 ? 2 : 4);
+    if (way == AS_IT_IS) return w->k * 4;
+    if (way == IN_INTEGERS || way == IN_SHORT_INTEGERS) return integers_size(w, way == IN_INTEGERS ? 3 : 2);
+    return ordered_size(w) * (way == IN_BF16 ? 2 : 4);
 }
 static ptrdiff_t x_size(const weight *w, int way, ptrdiff_t m) {
     return way == AS_IT_IS ? 0 : way == IN_TILES ? tiles_size(w, m) : m * token_size(w, way);
@@ -28,7 +40,7 @@ static ptrdiff_t at_a_time(const weight *w, int way, ptrdiff_t m) {
 /* a token of x [m][K] of a kind -> its place among those in order */
 static void order(const weight *w, int way, int kind, const void *x, ptrdiff_t m, ptrdiff_t token, void *own) {
     if (way == IN_TILES) order_token_tiles(kind, w, x, m, token, own);
-    else if (way == IN_INTEGERS) order_token_integers(kind, w, x, token, own);
+    else if (way == IN_INTEGERS || way == IN_SHORT_INTEGERS) order_token_integers(kind, w, x, token, own);
     else if (way == IN_BF16) order_token_bf16(w, x, token, own);
     else if (way == IN_FP32) order_token(kind, w, x, token, own);
 }
@@ -36,7 +48,7 @@ static void order(const weight *w, int way, int kind, const void *x, ptrdiff_t m
 static block *block_for(const weight *w, int way) {
     if (way == AS_IT_IS) return block_dense;
     if (way == IN_BF16) return block_bf16;
-    if (way == IN_INTEGERS) return block_integers(w);
+    if (way == IN_INTEGERS || way == IN_SHORT_INTEGERS) return block_integers(w, way == IN_INTEGERS ? 3 : 2);
     if (w->bits == 8) return w->zero ? block_8_1 : block_8_0;
     if (w->bits == 4) return w->zero ? block_4_1 : block_4_0;
     if (w->bits == 3) return w->zero ? block_3_1 : block_3_0;
@@ -71,8 +83,10 @@ static void rows_of(const weight *w, int way, const cut *c, const void *x, ptrdi
 
 static void all_rows(const weight *w, int way, const void *x, ptrdiff_t m, float *out) {
     const cut c = cut_of(w);
-    const ptrdiff_t strips = (w->n + STRIP - 1) / STRIP;
-#pragma omp parallel for schedule(static) if (m * w->n * w->k > 1 << 18)
+    const ptrdiff_t strips = (w->n + STRIP - 1) / STRIP, shares = 8 * omp_get_max_threads();
+    /* cores are not equally fast, nor undisturbed: who is done first takes more */
+    const ptrdiff_t share = strips > shares ? strips / shares : 1;
+#pragma omp parallel for schedule(dynamic, share) if (m * w->n * w->k > 1 << 18)
     for (ptrdiff_t s = 0; s < strips; s++) {
         const ptrdiff_t stop = (s + 1) * STRIP < w->n ? (s + 1) * STRIP : w->n;
         rows_of(w, way, &c, x, m, out, w->n, s * STRIP, stop);

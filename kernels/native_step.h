@@ -8,14 +8,6 @@
    Everything is fp32. No sum depends on the number of threads or on other rows: a token's result is the same, in every
    bit, whatever it is computed beside. */
 
-#ifdef _OPENMP
-int omp_get_thread_num(void);
-int omp_get_num_threads(void);
-#else
-static int omp_get_thread_num(void) { return 0; }
-static int omp_get_num_threads(void) { return 1; }
-#endif
-
 /* slots of the ring that are attended to at a time; their results are then put together */
 enum { SEGMENT = 128 };
 

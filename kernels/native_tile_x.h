@@ -63,11 +63,13 @@ static int tile_parts(const weight *w, int kind) {
     return tiles_allowed() && ((integers && parts <= 2) || looked_up) ? parts : 0;
 }
 
-/* Whether they do, of m tokens. A chunk of one group costs no more than in vectors at any m; else a single token does: then
-   the number of tokens chooses, but not where they are to be `alone`, in no bit dependent on others. */
+/* Whether they do, of m tokens. A chunk of one group costs no more than in vectors from two tokens on; else it takes more of
+   them. So the number of tokens chooses, but not where they are to be `alone`, in no bit dependent on others. */
 static int in_tiles(const weight *w, int kind, ptrdiff_t m, int alone) {
     const int parts = tile_parts(w, kind);
-    return parts == 1 || (parts && m >= 4 && !alone);
+    if (alone || m > 3) return alone ? parts == 1 : parts > 0;
+    /* of one token, scales that come in at every chunk take longer here than in vectors */
+    return parts == 1 && (m > 1 || tiling_of(w, m).run > 1 || !in_integers(w));
 }
 
 static ptrdiff_t passes_of(const tiling *t, ptrdiff_t m) { return (m + t->tokens - 1) / t->tokens; }

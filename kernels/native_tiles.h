@@ -14,6 +14,9 @@
 /* passes at a time, a register each for their results; and the bytes of a register */
 enum { PASSES = 4, TILE = 1024 };
 
+/* gcc's intrinsics do not tell it what they read: all that was written at p and elsewhere is to be in memory by then */
+#define WRITTEN(P) __asm__ volatile("" : : "r"(P) : "memory")
+
 /* tiles 0 to 3 take results, 4 and 5 codes, 6 and 7 digits */
 static void configure(int lanes) {
     struct {
@@ -22,6 +25,7 @@ static void configure(int lanes) {
         uint8_t rows[16];
     } __attribute__((aligned(64))) c = {1, 0, {0}, {0}, {0}};
     for (int i = 0; i < 8; i++) c.rows[i] = 16, c.bytes[i] = (uint16_t)(i == 4 || i == 5 ? 64 : 4 * lanes);
+    WRITTEN(&c);
     _tile_loadconfig(&c);
 }
 
@@ -51,6 +55,7 @@ INLINE void multiply_tiles(int form, int passes, int begins, int ends, const uin
                            const uint8_t *tiles, const char *x, ptrdiff_t pass, int lanes, void *sums) {
     const ptrdiff_t stride = 4 * lanes, next = 16 * stride;
     if (form != VALUES) x += UNITS;
+    WRITTEN(tiles);
     if (begins) {
         _tile_zero(0);
         if (passes > 1) _tile_zero(1);

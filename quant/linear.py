@@ -138,12 +138,13 @@ class QuantLinear(_Quantized, nn.Linear):
         """x [..., in_features] of any float dtype -> [..., out_features] of the same dtype (autocast's under it)."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected an input [..., {self.in_features}], got {list(x.shape)}")
-        if needs_no_op(x, self.bias) and self._multiplies_directly(x):
+        bias = self.bias
+        if needs_no_op(x, bias) and self._multiplies_directly(x, bias):
             assert self._direct is not None
-            return self._direct(x, self.bias, self.batch_invariant)
+            return self._direct(x, bias, self.batch_invariant)
         if self.spec.format in IMPORTED:  # no kernel knows those
             weight = self.quantized().dequantize(x.dtype)
-            return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+            return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if _exporting():
@@ -157,7 +158,7 @@ class QuantLinear(_Quantized, nn.Linear):
         layout = self.layout
         if layout == "cpu_int4" and not self._takes_int4pack(x):
             layout = "portable"
-        return quant_matmul(x, self._weight(layout), self.bias, batch_invariant=self.batch_invariant)
+        return quant_matmul(x, self._weight(layout), bias, batch_invariant=self.batch_invariant)
 
     @torch.compiler.assume_constant_result
     def prepare(self, dtype: torch.dtype) -> bool:
@@ -173,9 +174,9 @@ class QuantLinear(_Quantized, nn.Linear):
             self._prepared = (*self._prepared, dtype)
         return True
 
-    def _multiplies_directly(self, x: Tensor) -> bool:
+    def _multiplies_directly(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether the way without checks is open: it was made, and for the tensors that are here now."""
-        direct, bias, buffers = self._direct, self.bias, self._buffers
+        direct, buffers = self._direct, self._buffers
         if direct is None or not direct.takes(x, self.batch_invariant) or torch.is_autocast_enabled("cpu"):
             return False
         for name, place in direct.places:

@@ -98,17 +98,22 @@ def test_activations_of_every_size_in_integers(library, fmt, symmetric, group, d
     largest = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: 2.0**10}[dtype]
     sizes = torch.tensor([2.0**-100, 2.0**-20, 1.0, largest])
     near = 2 - torch.arange(1024, dtype=torch.float64) * 2.0**-19
+    # the largest that three bytes hold, and two, with their neighbours on either side
+    steps = torch.arange(-256, 256, dtype=torch.float64)
+    held = torch.cat([0x7F7F7F * 2.0**-22 + steps * 2.0**-23, 0x7F7F * 2.0**-14 + steps * 2.0**-18])
     torch.manual_seed(4)
     signs = torch.randint(0, 2, (8, 1024)) * 2 - 1
     x = torch.cat(
         [torch.randn(4, 1024) * sizes[:, None], near.float() * signs[:4], torch.randn(1, 1024) * signs[:1]]
     )
     x[8, ::3] *= 1e-6
-    x = x.to(dtype)
+    x = torch.cat([x, held.float() * signs[:1], held.float().flip(0) * signs[1:2]]).to(dtype)
     out = native.matmul(x, w, None, library)
     for row in range(len(x)):  # each by itself, or the largest would hide the rest
         exact = x[row].double() @ dense.T
         check_budget(out[row], x[row] @ dense.to(dtype).T, exact)
+        # a single row goes a way of its own
+        check_budget(native.matmul(x[row : row + 1], w, None, library)[0], x[row] @ dense.to(dtype).T, exact)
     # below 2^-103 the units are no smaller, as they would be no plain numbers: few bits are left, but the right ones
     least = torch.randn(1, 1024) * 2.0**-118
     given = least.to(dtype)
