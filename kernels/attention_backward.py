@@ -3,6 +3,10 @@
 dq walks over keys as the forward does; on the way it works out delta = sum(out * dout) of its rows, which the
 other reads. dk and dv walk over the queries that may see a block of keys, all G heads of a KV head in one
 program, so that their sum needs no second pass. (Dao 2023, arXiv:2307.08691, algorithm 2.)
+
+An out that was rounded to 16 bits puts delta off by some e, and dq by e times the mean key that its row sees: where
+keys and values have a mean, ten times what all other rounding does. But it is known what a row's ds add up to, and what
+they miss it by is e: delta is put right for dk, and e times a mean key is added to dq.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from .attention import LOG2E, interval_of_positions, interval_of_rows, three_loo
 
 @triton.jit
 def _dq_loop(
-    dq, q, do, lse, delta, k_ptr, v_ptr, skt, svt, lo, hi, any_lo, any_hi, first, end, qk_scale,
+    dq, rest, q, do, lse, delta, k_ptr, v_ptr, skt, svt, lo, hi, any_lo, any_hi, first, end, qk_scale,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +49,23 @@ def _dq_loop(
             keep = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
             ds = tl.where(keep, ds, 0.0)
         dq = tl.dot(ds.to(DTYPE), k, dq, input_precision="ieee")
-    return dq
+        rest += tl.sum(ds, 1)
+    return dq, rest
+
+
+@triton.jit
+def _mean_key(k_ptr, skt, any_lo, any_hi, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr):
+    """fp32 [DP], of the BN keys in the middle of those that some row sees; 0 where none does."""
+    d = tl.arange(0, DP)
+    first = any_lo + tl.maximum(any_hi - any_lo - BN, 0) // 2
+    total = tl.zeros((DP,), tl.float32)
+    # a few at a time: the registers are full of dq
+    for start in tl.range(0, BN, 16, num_stages=1):
+        keys = first + start + tl.arange(0, 16)
+        k_at = k_ptr + keys.to(tl.int64)[:, None] * skt + d[None, :]
+        k = tl.load(k_at, mask=((keys >= any_lo) & (keys < any_hi))[:, None] & (d < D)[None, :], other=0)
+        total += tl.sum(k.to(tl.float32), 0)
+    return total / tl.maximum(tl.minimum(any_hi - first, BN), 1)
 
 
 @triton.jit
@@ -82,9 +102,11 @@ def dq_kernel(
     o_in = (out_in * D)[:, None] + d[None, :]
     o = tl.load(o_ptr + out_row * D + o_in, mask=inside, other=0)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    rest = tl.zeros((BM,), tl.float32)
     if DLSE:
-        delta -= tl.load(dlse_ptr + out_row + out_in, mask=real, other=0)
-    tl.store(delta_ptr + out_row + out_in, delta, mask=real)
+        dlse = tl.load(dlse_ptr + out_row + out_in, mask=real, other=0)
+        delta -= dlse
+        rest -= dlse
     lse = tl.load(lse_ptr + out_row + out_in, mask=real, other=float("inf")) * LOG2E
     # no key, no weight: exp2(x - inf) = 0
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
@@ -93,18 +115,21 @@ def dq_kernel(
     v_at = v_ptr + batch * svb + head * svh
     dq = tl.zeros((BM, DP), tl.float32)
     first, left, right, end = three_loops(any_lo, any_hi, all_lo, all_hi, BN)
-    dq = _dq_loop(
-        dq, q, do, lse, delta, k_at, v_at, skt, svt, lo, hi, any_lo, any_hi, first, left, qk_scale,
+    dq, rest = _dq_loop(
+        dq, rest, q, do, lse, delta, k_at, v_at, skt, svt, lo, hi, any_lo, any_hi, first, left, qk_scale,
         D, DP, BN, True, DTYPE, STAGES,
     )  # fmt: skip
-    dq = _dq_loop(
-        dq, q, do, lse, delta, k_at, v_at, skt, svt, lo, hi, any_lo, any_hi, left, right, qk_scale,
+    dq, rest = _dq_loop(
+        dq, rest, q, do, lse, delta, k_at, v_at, skt, svt, lo, hi, any_lo, any_hi, left, right, qk_scale,
         D, DP, BN, False, DTYPE, STAGES,
     )  # fmt: skip
-    dq = _dq_loop(
-        dq, q, do, lse, delta, k_at, v_at, skt, svt, lo, hi, any_lo, any_hi, right, end, qk_scale,
+    dq, rest = _dq_loop(
+        dq, rest, q, do, lse, delta, k_at, v_at, skt, svt, lo, hi, any_lo, any_hi, right, end, qk_scale,
         D, DP, BN, True, DTYPE, STAGES,
     )  # fmt: skip
+    rest = tl.where(lse == float("inf"), 0.0, rest)
+    tl.store(delta_ptr + out_row + out_in, delta + rest, mask=real)
+    dq -= rest[:, None] * _mean_key(k_at, skt, any_lo, any_hi, D, DP, BN)[None, :]
     tl.store(dq_ptr + out_row * D + o_in, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
 
 

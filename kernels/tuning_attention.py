@@ -47,10 +47,10 @@ _TABLE: dict[int, dict[int, AttentionConfigs]] = {
     # sized for the 99 KiB of shared memory of sm_86 and sm_89
     80: {
         64: AttentionConfigs(
-            AttentionConfig(128, 64, 8, 3), AttentionConfig(64, 64, 4, 2), AttentionConfig(32, 64, 4, 2)
+            AttentionConfig(128, 64, 8, 3), AttentionConfig(64, 32, 4, 2), AttentionConfig(32, 64, 4, 2)
         ),
         128: AttentionConfigs(
-            AttentionConfig(128, 32, 8, 3), AttentionConfig(64, 32, 4, 2), AttentionConfig(32, 64, 8, 2)
+            AttentionConfig(128, 32, 8, 3), AttentionConfig(32, 32, 4, 2), AttentionConfig(32, 64, 8, 2)
         ),
         256: AttentionConfigs(
             AttentionConfig(64, 32, 8, 2), AttentionConfig(32, 32, 4, 1), AttentionConfig(32, 32, 8, 1)

@@ -100,7 +100,7 @@ def test_activations_of_every_size_in_integers(library, fmt, symmetric, group, d
     near = 2 - torch.arange(1024, dtype=torch.float64) * 2.0**-19
     # the largest that three bytes hold, and two, with their neighbours on either side
     steps = torch.arange(-256, 256, dtype=torch.float64)
-    held = torch.cat([0x7F7F7F * 2.0**-22 + steps * 2.0**-23, 0x7F7F * 2.0**-14 + steps * 2.0**-18])
+    held = torch.cat([0x7F7F7F * 2.0**-22 + steps * 2.0**-23, 0x7F7F * 2.0**-14 + steps * 2.0**-18]).roll(14)
     torch.manual_seed(4)
     signs = torch.randint(0, 2, (8, 1024)) * 2 - 1
     x = torch.cat(

@@ -99,6 +99,19 @@ def check_long_sums():
     check((q, k, v, dout), "large scores", 40, both=True)
 
 
+def check_means():
+    """Keys and values with a mean, as those of trained models have: the rounding of ``out`` must not count that often."""
+    for window, spread, both in ((None, 0, True), (20, 4, True), (None, 4, False)):
+        q, k, v, dout = states(1, 160, 160, 2, 1, 32, torch.float16)
+        for x in (k, v):
+            x += 2 + spread * torch.randn(32)
+        check((q, k, v, dout), f"means, {window}", window, both=both, config=WIDE)
+    dlse = torch.randn(1, 160, 2)
+    check((q, k, v, dout), "means and lse", 20, dlse=dlse, config=WIDE)
+    starts, lengths = torch.tensor([110]), torch.tensor([40])
+    check((q, k, v, dout), "means and padding", 20, starts=starts, lengths=lengths, dlse=dlse, config=WIDE)
+
+
 def check_untouched():
     """Queries that see no key of a block are not read for its gradient, nor keys that no row of a tile sees."""
     window, length = 10, 64
@@ -147,6 +160,7 @@ if __name__ == "__main__":
     check_packing()
     check_lse()
     check_long_sums()
+    check_means()
     check_untouched()
     check_cost()
     print("interpreted attention backward: all within budget")
