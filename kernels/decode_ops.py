@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import decode_cpu, decode_reference
+from .attention_checks import check_window
 from .checks import FLOATS, has_triton, hold, runs_triton
 from .tuning_decode import MAX_HEAD_DIM
 
@@ -48,6 +49,7 @@ def decode_attention(
     """
     if q.ndim not in (3, 4):
         raise ValueError(f"q must be [B, H, D] or [B, T, H, D], got {list(q.shape)}")
+    check_window(window)
     factor = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
     out = torch.ops.brise.decode_attention(
         q if q.ndim == 4 else q[:, None], keys, values, seen, start, key_scales, value_scales, window, factor,
@@ -175,15 +177,17 @@ def _decode(
                 # the kernel counts in 32 bits
                 hold((t <= _MOST_SEEN).all(), f"{name} must be at most {_MOST_SEEN}", t)
         return decode.decode_attention(*arguments)
-    if impl == "auto" and q.device.type == "cpu":
-        return decode_cpu.decode_attention(*arguments, batch_invariant)
-    if batch_invariant:
+    # under autocast the products inside would be taken in another dtype than was asked for
+    with torch.autocast(q.device.type, enabled=False):
+        if impl == "auto" and q.device.type == "cpu":
+            return decode_cpu.decode_attention(*arguments, batch_invariant)
+        if not batch_invariant:
+            return decode_reference.decode_attention(*arguments)
         rows = []
         for b in range(q.shape[0]):
             row = [None if t is None else t[b : b + 1] for t in arguments[:7]]
             rows.append(decode_reference.decode_attention(*row, window, scale))  # type: ignore[arg-type, call-arg]
         return torch.cat(rows)
-    return decode_reference.decode_attention(*arguments)
 
 
 @_decode.register_fake

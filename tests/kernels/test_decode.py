@@ -181,6 +181,17 @@ def test_what_another_text_left_in_the_ring_is_not_seen(impl):
             torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_autocast_leaves_the_dtype_that_was_asked_for(impl):
+    torch.manual_seed(7)
+    given = rings(history((3, 9), 2, 8), 10) | {"seen": torch.tensor((3, 9)), "impl": impl}
+    q = torch.randn(2, 4, 8)
+    for invariant in (False, True):
+        plain = ops.decode_attention(q, **given, batch_invariant=invariant)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ops.decode_attention(q, **given, batch_invariant=invariant), plain)
+
+
 def test_a_row_alone_has_the_bits_it_has_in_a_batch():
     torch.manual_seed(3)
     q, given = torch.randn(5, 6, 16), rings(history(SEEN, 2, 16), SLOTS) | {"seen": torch.tensor(SEEN)}
@@ -303,6 +314,7 @@ def test_bad_input_is_refused_with_its_values():
     refuse(r"seen must be \[2\], got \[3\]", seen=torch.tensor([1, 2, 3]))
     refuse(r"start must be \[2\], got \[2, 1\]", start=torch.tensor([[1], [2]]))
     refuse("window must be at least 1.*got 0", window=0)
+    refuse("window must be an int or None, got bool True", TypeError, window=True)
     refuse("a window of 9 and 1 queries need 9 slots, the ring has 8", window=9)
     refuse("a window of 7 and 3 queries need 9 slots", q=torch.randn(2, 3, 4, 16), window=7)
     refuse("q is on cpu, keys on meta", keys=ring.to("meta"))

@@ -100,7 +100,7 @@ def check_long_sums():
 
 
 def check_means():
-    """Keys and values with a mean, as those of trained models have: the rounding of ``out`` must not count that often."""
+    """Keys and values with a mean, as trained models have them: the rounding of ``out`` must not count ten times."""
     for window, spread, both in ((None, 0, True), (20, 4, True), (None, 4, False)):
         q, k, v, dout = states(1, 160, 160, 2, 1, 32, torch.float16)
         for x in (k, v):
