@@ -62,7 +62,8 @@ def sliding_attention(
         bounds: int32 [B or 1, 2, S] in place of window, causal and all of the above: the first key each query
             sees, and the one behind the last, both in 0 .. T (:func:`.attention_bounds.key_bounds`).
     Returns:
-        [B, S, H, D], contiguous, in q's dtype.
+        [B, S, H, D], contiguous, in q's dtype. What lies in padding on either side is never looked at; on a GPU, keys
+        between two packed sequences that no query sees must be finite.
 
     Raises:
         ValueError, TypeError: arguments that do not fit. Values of tensors on a GPU are asserted there.
