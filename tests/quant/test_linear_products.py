@@ -225,14 +225,14 @@ def test_the_direct_product_is_the_one_with_checks(name, dtype):
     x = torch.randn(2, 3, 128).to(dtype).transpose(0, 1)
     with torch.no_grad():
         module(x)
-        assert module._direct is not None and module._multiplies_directly(x)
+        assert module._direct is not None and module._multiplies_directly(x, module.bias)
         expected = ops.quant_matmul(x, module._weight("portable"), module.bias)
         assert torch.equal(module(x), expected) and expected.dtype == dtype
         assert module(x[:0]).shape == (0, 2, 64)
-        assert not module._multiplies_directly(x.double())
-        assert not module._multiplies_directly(torch.empty(65, 128, dtype=dtype))
+        assert not module._multiplies_directly(x.double(), module.bias)
+        assert not module._multiplies_directly(torch.empty(65, 128, dtype=dtype), module.bias)
         with native.without():
-            assert not module._multiplies_directly(x)
+            assert not module._multiplies_directly(x, module.bias)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert module(x.float()).dtype == torch.bfloat16
         # a copy, or what was pickled, points at its own tensors
@@ -246,7 +246,7 @@ def test_the_direct_product_is_the_one_with_checks(name, dtype):
         with pytest.raises(ValueError, match="bias must be"):
             short(x)
         module.get_buffer("scales").data = module.get_buffer("scales").clone()
-        assert not module._multiplies_directly(x), "another place in memory"
+        assert not module._multiplies_directly(x, module.bias), "another place in memory"
         assert torch.equal(module(x), expected)
 
 
