@@ -4,9 +4,9 @@ dq walks over keys as the forward does; on the way it works out delta = sum(out 
 other reads. dk and dv walk over the queries that may see a block of keys, all G heads of a KV head in one
 program, so that their sum needs no second pass. (Dao 2023, arXiv:2307.08691, algorithm 2.)
 
-An out that was rounded to 16 bits puts delta off by some e, and dq by e times the mean key that its row sees: where
-keys and values have a mean, ten times what all other rounding does. But it is known what a row's ds add up to, and what
-they miss it by is e: delta is put right for dk, and e times a mean key is added to dq.
+An out that was rounded puts delta off by some e, and dq by e times the mean key of its row (mean by weight): in 16
+bits, where keys and values have a mean, ten times what all other rounding does. But it is known what a row's ds add
+up to, and what they miss it by is e: delta is put right for dk, and dq by e times a mean key, in fp32 that of the row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .attention import LOG2E, interval_of_positions, interval_of_rows, three_loo
 
 @triton.jit
 def _dq_loop(
-    dq, rest, q, do, lse, delta, k_ptr, v_ptr, skt, svt, lo, hi, any_lo, any_hi, first, end, qk_scale,
+    dq, rest, mean, q, do, lse, delta, k_ptr, v_ptr, skt, svt, lo, hi, any_lo, any_hi, first, end, qk_scale,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -48,9 +48,12 @@ def _dq_loop(
         if MASKED:
             keep = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
             ds = tl.where(keep, ds, 0.0)
+            p = tl.where(keep, p, 0.0)  # where it is used
         dq = tl.dot(ds.to(DTYPE), k, dq, input_precision="ieee")
         rest += tl.sum(ds, 1)
-    return dq, rest
+        if DTYPE == tl.float32:
+            mean = tl.dot(p, k, mean, input_precision="ieee")
+    return dq, rest, mean
 
 
 @triton.jit
@@ -114,22 +117,26 @@ def dq_kernel(
     k_at = k_ptr + batch * skb + head * skh
     v_at = v_ptr + batch * svb + head * svh
     dq = tl.zeros((BM, DP), tl.float32)
+    mean = dq
     first, left, right, end = three_loops(any_lo, any_hi, all_lo, all_hi, BN)
-    dq, rest = _dq_loop(
-        dq, rest, q, do, lse, delta, k_at, v_at, skt, svt, lo, hi, any_lo, any_hi, first, left, qk_scale,
+    dq, rest, mean = _dq_loop(
+        dq, rest, mean, q, do, lse, delta, k_at, v_at, skt, svt, lo, hi, any_lo, any_hi, first, left, qk_scale,
         D, DP, BN, True, DTYPE, STAGES,
     )  # fmt: skip
-    dq, rest = _dq_loop(
-        dq, rest, q, do, lse, delta, k_at, v_at, skt, svt, lo, hi, any_lo, any_hi, left, right, qk_scale,
+    dq, rest, mean = _dq_loop(
+        dq, rest, mean, q, do, lse, delta, k_at, v_at, skt, svt, lo, hi, any_lo, any_hi, left, right, qk_scale,
         D, DP, BN, False, DTYPE, STAGES,
     )  # fmt: skip
-    dq, rest = _dq_loop(
-        dq, rest, q, do, lse, delta, k_at, v_at, skt, svt, lo, hi, any_lo, any_hi, right, end, qk_scale,
+    dq, rest, mean = _dq_loop(
+        dq, rest, mean, q, do, lse, delta, k_at, v_at, skt, svt, lo, hi, any_lo, any_hi, right, end, qk_scale,
         D, DP, BN, True, DTYPE, STAGES,
     )  # fmt: skip
     rest = tl.where(lse == float("inf"), 0.0, rest)
     tl.store(delta_ptr + out_row + out_in, delta + rest, mask=real)
-    dq -= rest[:, None] * _mean_key(k_at, skt, any_lo, any_hi, D, DP, BN)[None, :]
+    if DTYPE == tl.float32:
+        dq -= rest[:, None] * mean
+    else:
+        dq -= rest[:, None] * _mean_key(k_at, skt, any_lo, any_hi, D, DP, BN)[None, :]
     tl.store(dq_ptr + out_row * D + o_in, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
 
 
