@@ -51,7 +51,7 @@ def _dq_loop(
             p = tl.where(keep, p, 0.0)  # where it is used
         dq = tl.dot(ds.to(DTYPE), k, dq, input_precision="ieee")
         rest += tl.sum(ds, 1)
-        if DTYPE == tl.float32:
+        if DTYPE == tl.float32:  # noqa: SIM300
             mean = tl.dot(p, k, mean, input_precision="ieee")
     return dq, rest, mean
 
@@ -133,7 +133,7 @@ def dq_kernel(
     )  # fmt: skip
     rest = tl.where(lse == float("inf"), 0.0, rest)
     tl.store(delta_ptr + out_row + out_in, delta + rest, mask=real)
-    if DTYPE == tl.float32:
+    if DTYPE == tl.float32:  # noqa: SIM300
         dq -= rest[:, None] * mean
     else:
         dq -= rest[:, None] * _mean_key(k_at, skt, any_lo, any_hi, D, DP, BN)[None, :]
