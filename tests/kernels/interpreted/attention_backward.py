@@ -117,6 +117,10 @@ def check_means():
         for x in (k, v):
             x += 2 + spread * torch.randn(32)
         check((q, k, v, dout), f"means, {window}", window, both=both, config=WIDE)
+    q, k, v, dout = states(1, 160, 160, 2, 1, 32, torch.float16)
+    k += torch.linspace(-9, 9, 160)[:, None, None]  # the middle ones stand for all
+    v += 4
+    check((q * 0.01, k, v, dout), "means that drift", causal=False, config=WIDE)
     dlse = torch.randn(1, 160, 2)
     check((q, k, v, dout), "means and lse", 20, dlse=dlse, config=WIDE)
     starts, lengths = torch.tensor([110]), torch.tensor([40])
