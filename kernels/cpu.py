@@ -306,6 +306,10 @@ def _quads(fmt: str, exact: bool) -> Tensor:
     return quads.contiguous().view(torch.complex128).flatten()
 
 
+# rows at a time: they are laid out in blocks of as many, and take 4 bytes a code meanwhile
+_PACKED_ROWS = 64
+
+
 def can_pack_int4(w: Weight) -> bool:
     """Whether torch's packed int4 product takes this weight: group 32 to 256, N a multiple of 64 (and no
     g_idx)."""
@@ -324,14 +328,16 @@ def pack_int4(w: Weight) -> tuple[Tensor, Tensor, Tensor]:
     """
     scale, zero = _parameters(w)
     offset = torch.zeros_like(scale) if zero is None else scale * (8 - zero)
-    blocks, means = [], []
-    for start in range(0, w.shape[0], 512):
-        codes = reference.unpack_codes(w.qweight[start : start + 512], 4, w.shape[1]).to(torch.int32)
-        blocks.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
-        means.append(codes.unflatten(1, (w.groups, -1)).float().mean(-1) - 8)
+    packed = torch.empty(w.shape[0], w.shape[1] // 2, dtype=torch.uint8)
+    means = torch.empty(w.shape[0], w.groups)
+    for start in range(0, w.shape[0], _PACKED_ROWS):
+        rows = slice(start, start + _PACKED_ROWS)
+        codes = reference.unpack_codes(w.qweight[rows], 4, w.shape[1]).to(torch.int32)
+        packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        means[rows] = codes.unflatten(1, (w.groups, -1)).float().mean(-1) - 8
     pairs = torch.stack([scale.T, offset.T], dim=-1).to(torch.bfloat16).contiguous()
     lost = torch.stack([scale.T, offset.T], dim=-1) - pairs.float()
-    return torch.cat(blocks), pairs, (lost[..., 1] + lost[..., 0] * torch.cat(means).T).contiguous()
+    return packed, pairs, (lost[..., 1] + lost[..., 0] * means.T).contiguous()
 
 
 def matmul_int4pack(

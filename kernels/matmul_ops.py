@@ -11,6 +11,8 @@ from torch import Tensor
 
 # by their own names, as this is asked at every product: between two others what a name leads to is out of the caches
 from torch._C import _is_tracing, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import cpu, reference, tuning
@@ -39,6 +41,11 @@ def quant_matmul(
     t = tuple(map(w.tensors.get, TENSORS))
     if needs_no_op(x, bias, t):
         return _product(w.format, x, t, bias, w.shape[0], w.layout, impl, batch_invariant)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        # torch's custom ops would drop it without a word
+        raise NotImplementedError(
+            "products with a quantized weight have no forward-mode derivative: take the backward, or dequantize"
+        )
     op = getattr(torch.ops.brise, f"{w.format}_matmul")
     return op(x, *t, bias, w.shape[0], w.layout, impl, batch_invariant)
 
@@ -49,7 +56,9 @@ def needs_no_op(x: Tensor, bias: Tensor | None, t: Sequence[Tensor | None] = ())
     # asked first: of what comes after, a compiler can make nothing
     if is_compiling() or not x.is_cpu or type(x) is not Tensor:
         return False
-    if _len_torch_dispatch_stack() or _is_tracing():
+    if _len_torch_dispatch_stack() or _is_tracing() or forward_ad._current_level >= 0:
+        return False
+    if peek_interpreter_stack() is not None:  # of torch.func
         return False
     if not torch.is_grad_enabled():
         return True

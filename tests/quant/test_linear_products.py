@@ -260,3 +260,16 @@ def test_the_direct_product_leaves_gradients_to_the_op():
     module.scales.requires_grad_()
     with pytest.raises(ValueError, match="scales"):
         module(x.detach())
+
+
+def test_a_forward_mode_derivative_is_refused_and_not_dropped():
+    module = QuantLinear.from_quantized(make("int4"))
+    x, tangent = torch.randn(2, 128), torch.randn(2, 128)
+    expected = module(x)
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(module(x), expected), "of what has none the product is as ever"
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            module(torch.autograd.forward_ad.make_dual(x, tangent))
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(module, (x,), (tangent,))
+    assert torch.equal(torch.vmap(module)(x), expected)
