@@ -24,11 +24,14 @@ def _blocks(bounds: Tensor, batch: int, heads: int) -> Iterator[_Block]:
     """(queries, keys, mask, hidden) of each block that sees anything.
 
     The mask [B, 1, queries, 1, keys] is None where all is seen; hidden [B, 1, keys, 1] are the keys that no query of
-    their row sees, beside those of other rows, None where there is no such: padding may hold anything, NaN too.
+    their row sees, beside those of other rows or between those of packed sequences, None where there is no such:
+    padding may hold anything, NaN too.
     """
+    if not bounds.numel():
+        return
     lo, hi = bounds[:, 0], bounds[:, 1]
     rows = lo.shape[1]
-    widest = int((hi - lo).max()) if rows and lo.shape[0] else 0
+    widest = int((hi - lo).max())
     count = max(_QUERIES, _SCORES // max(batch * heads * (widest + _QUERIES), 1))
     starts = range(0, rows, count)
     # one trip to the device for all blocks, not one each
@@ -36,9 +39,7 @@ def _blocks(bounds: Tensor, batch: int, heads: int) -> Iterator[_Block]:
         torch.stack((low.min(), low.max(), high.min(), high.max()))
         for low, high in ((lo[:, s : s + count], hi[:, s : s + count]) for s in starts)
     ]
-    for start, (first, last_lo, least_hi, last) in zip(
-        starts, torch.stack(limits).tolist() if limits else []
-    ):
+    for start, (first, last_lo, least_hi, last) in zip(starts, torch.stack(limits).tolist()):
         if last <= first:
             continue
         queries, keys = slice(start, min(start + count, rows)), slice(first, last)
@@ -47,8 +48,10 @@ def _blocks(bounds: Tensor, batch: int, heads: int) -> Iterator[_Block]:
             key = torch.arange(first, last, device=bounds.device, dtype=bounds.dtype)
             seen = (key >= lo[:, queries, None]) & (key < hi[:, queries, None])
             mask = seen[:, None, :, None]
-            if lo.shape[0] > 1:
-                hidden = ~seen.any(1)[:, None, :, None]
+            unseen = ~seen.any(1)
+            # asked on a CPU alone: a GPU would stall
+            if not unseen.is_cpu or bool(unseen.any()):
+                hidden = unseen[:, None, :, None]
         yield queries, keys, mask, hidden
 
 

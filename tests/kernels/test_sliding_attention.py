@@ -27,6 +27,11 @@ PACKINGS = {
         "cu_seqlens": torch.tensor([0, 0, 2, 9, 17]),
         "cu_seqlens_k": torch.tensor([0, 3, 9, 16, 31]),
     },
+    # a text in the middle that nobody asks for
+    "gap": {
+        "cu_seqlens": torch.tensor([0, 9, 9, 17]),
+        "cu_seqlens_k": torch.tensor([0, 9, 20, 31]),
+    },
 }
 
 
@@ -37,8 +42,8 @@ def states(batch, queries, keys, heads=4, kv=2, head_dim=8, dtype=torch.float32)
 
 def case(name, dtype=torch.float32):
     """q, k, v and the arguments that say what they hold."""
-    packed = name in ("packed", "continued")
-    queries = {"offsets": 17, "offset": 17, "continued": 17}.get(name, 31)
+    packed = name in ("packed", "continued", "gap")
+    queries = {"offsets": 17, "offset": 17, "continued": 17, "gap": 17}.get(name, 31)
     return states(1 if packed else 3, queries, 31, dtype=dtype), PACKINGS[name]
 
 
@@ -161,7 +166,8 @@ def test_no_key_gives_zero_and_takes_no_gradient():
 def test_nothing_in_nothing_out(impl, batch, queries, keys):
     q, k, v = (x.requires_grad_() for x in states(batch, queries, keys))
     out = sliding_attention(q, k, v, window=2, impl=impl)
-    assert out.shape == q.shape
+    padded = sliding_attention(q, k, v, window=2, impl=impl, lengths=torch.full((batch,), keys))
+    assert out.shape == q.shape and torch.equal(padded, out)
     torch.testing.assert_close(out, v.repeat_interleave(2, 2) if keys == 1 else torch.zeros_like(q))
     for grad, x in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v)):
         assert grad.shape == x.shape and grad.isfinite().all()
@@ -195,9 +201,10 @@ def test_keys_that_are_not_seen_are_not_read():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", ["left", "both"])
+@pytest.mark.parametrize("name", ["left", "both", "continued", "gap"])
 def test_padding_may_hold_anything(impl, name):
-    """Keys that no query of their row sees, beside rows that see all: 0 * NaN would be NaN, backwards as well."""
+    """Keys that no query of their row sees, beside rows that see all, or between packed texts: 0 * NaN would be NaN,
+    backwards as well."""
     torch.manual_seed(3)
     (q, k, v), packing = case(name)
     unseen = ~explicit(q, k, 6, **packing).any(1)[..., None, None]
