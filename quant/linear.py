@@ -90,7 +90,7 @@ class QuantLinear(_Quantized, nn.Linear):
     assigning it: one that is changed in place after a product is not seen.
 
     The gradient flows to x; the codes are fixed. So adapters train on top. It is an nn.Linear, as peft adapts no other,
-    whose ``weight`` is None: a dense copy is never made unasked.
+    whose ``weight`` is None: a dense copy is never made unasked. So peft cannot merge an adapter into it.
 
     Attributes:
         batch_invariant: a row of y does not depend, in any bit, on the other rows of x; see :func:`batch_invariant`.
