@@ -81,7 +81,7 @@ def test_bounds_that_differ_on_one_side_alone(impl, side):
     """All queries end, or begin, with the same key."""
     q, k, v = states(1, 6, 9)
     bounds = torch.tensor([[[0] * 6, [9] * 6]], dtype=torch.int32)
-    bounds[0, side] = torch.tensor([0, 3, 1, 8, 2, 5]) + side
+    bounds[0, side] = torch.tensor([3, 0, 1, 8, 2, 5]) + side
     out = sliding_attention(q, k, v, bounds=bounds, impl=impl)
     torch.testing.assert_close(out, by_torch(q, k, v, attention_reference.visible_in(bounds, 9)))
 
