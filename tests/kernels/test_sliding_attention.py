@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from brise.kernels import attention_blocks, attention_ops, attention_reference
 from brise.kernels.attention_bounds import key_bounds, query_ranges
 from brise.kernels.attention_ops import sliding_attention
-from brise.kernels.budget import check_budget
+from brise.kernels.budget import check_budget, relative_error
 
 IMPLS = ("auto", "reference")
 ENDS = torch.tensor([0, 1, 1, 14, 14, 30, 31])
@@ -144,6 +144,22 @@ def test_half_precision_gradients_keep_the_budget(impl):
         exact = torch.autograd.grad(by_torch(*exact_leaves, seen), exact_leaves, up.to(dtype).double())
         for one, plain, right in zip(got, eager, exact):
             check_budget(one, plain, right, f"{impl} {dtype}")
+
+
+def test_gradients_of_a_key_are_summed_over_the_blocks_in_float32(monkeypatch):
+    """Hundreds of blocks, values of one sign: a sum that is kept in half precision between them stands still."""
+    monkeypatch.setattr(attention_blocks, "_SCORES", 1)
+    torch.manual_seed(4)
+    q, k, v = states(1, 2000, 3, 2, 1, 8, torch.bfloat16)
+    q, up = q.abs(), torch.rand(q.shape).bfloat16()
+    v = torch.tensor([2.0, 0.0, -1.0]).bfloat16()[None, :, None, None].expand(v.shape)
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = sliding_attention(*leaves, causal=False)
+        results.append(torch.autograd.grad(out, leaves[1:], up.to(dtype)))
+    for got, exact in zip(*results):
+        assert relative_error(got, exact) < 2**-7  # that of the inputs' and the output's own roundings
 
 
 def test_no_key_gives_zero_and_takes_no_gradient():
