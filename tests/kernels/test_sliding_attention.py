@@ -172,6 +172,16 @@ def test_no_key_gives_zero_and_takes_no_gradient():
             assert grad.isfinite().all() and not grad[0, :4].any() and not grad[1].any()
 
 
+def test_whole_blocks_of_queries_that_see_nothing(monkeypatch):
+    monkeypatch.setattr(attention_blocks, "_SCORES", 1)  # 8 queries a block: two of them see nothing
+    q, k, v = (x.requires_grad_() for x in states(1, 31, 31))
+    bounds = key_bounds(31, 31, device=q.device, window=None, causal=True, starts=torch.tensor([20]))
+    out, lse = torch.ops.brise.sliding_attention(q, k, v, bounds, 0, False, 0, 0.5, "auto")
+    assert not out[:, :20].any() and (lse[:, :20] == -torch.inf).all() and lse[:, 20:].isfinite().all()
+    dq, *_ = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not dq[:, :20].any() and dq[:, 21:].any()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("batch,queries,keys", [(0, 3, 3), (2, 0, 3), (2, 0, 0), (2, 3, 0), (1, 1, 1)])
 def test_nothing_in_nothing_out(impl, batch, queries, keys):
