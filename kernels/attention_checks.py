@@ -62,18 +62,27 @@ def check_offset(offset: int) -> None:
 
 def check_bounds(bounds: Tensor, q: Tensor) -> None:
     """int32 [B or 1, 2, S]. Whether they lie in 0 .. T is asked where they are given: see check_ends_of_bounds."""
-    expected = f"[{q.shape[0]} or 1, 2, {q.shape[1]}]"
+    # said where it is needed: in a compiled graph it would tie the graph to these sizes
     if bounds.dtype != torch.int32:
-        raise TypeError(f"bounds must be int32 {expected}, got {bounds.dtype} {list(bounds.shape)}")
+        raise TypeError(f"bounds must be int32 {_expected(q)}, got {bounds.dtype} {list(bounds.shape)}")
     if bounds.ndim != 3 or bounds.shape[0] not in (1, q.shape[0]) or bounds.shape[1:] != (2, q.shape[1]):
-        raise ValueError(f"bounds must be int32 {expected}, got {list(bounds.shape)}")
+        raise ValueError(f"bounds must be int32 {_expected(q)}, got {list(bounds.shape)}")
     same_device(q, bounds, "bounds")
+
+
+def _expected(q: Tensor) -> str:
+    return f"[{q.shape[0]} or 1, 2, {q.shape[1]}]"
+
+
+def _named(count: int, words: str) -> str:
+    """A size for a message. In a compiled graph by words: its number would tie the graph to this one length."""
+    return words if torch.compiler.is_compiling() else str(count)
 
 
 def check_ends_of_bounds(bounds: Tensor, keys: int) -> None:
     """What a caller made himself must not lead beyond the keys."""
     right = ((bounds >= 0) & (bounds <= keys)).all()
-    hold(right, f"bounds must lie in 0 .. {keys}", bounds)
+    hold(right, f"bounds must lie in 0 .. {_named(keys, 'the number of keys')}", bounds)
 
 
 def check_window(window: int | None) -> int:
@@ -130,18 +139,19 @@ def check_sequences(q: Tensor, keys: int, given: dict[str, Tensor | int | None])
 def _check_ends(name: str, ends: Tensor | int, count: int, what: str) -> None:
     assert isinstance(ends, Tensor)
     right = (ends[0] == 0) & (ends[-1] == count) & (ends.diff() >= 0).all()
-    message = f"{name} must rise from 0 to the {count} {what}"
+    message = f"{name} must rise from 0 to the {_named(count, 'number of')} {what}"
     if what == "keys":
         message += " (where queries and keys differ in number, give cu_seqlens_k)"
     hold(right, message, ends)
 
 
 def _check_padding(starts: Tensor | int | None, lengths: Tensor | int | None, keys: int) -> None:
+    most = _named(keys, "the number of keys")
     if isinstance(starts, Tensor):
-        hold(((starts >= 0) & (starts <= keys)).all(), f"starts must lie in 0 .. {keys}", starts)
+        hold(((starts >= 0) & (starts <= keys)).all(), f"starts must lie in 0 .. {most}", starts)
     if isinstance(lengths, Tensor):
         end = lengths if not isinstance(starts, Tensor) else starts + lengths
-        message = f"lengths must be at least 0, and starts + lengths at most {keys}"
+        message = f"lengths must be at least 0, and starts + lengths at most {most}"
         hold(((lengths >= 0) & (end <= keys)).all(), message, lengths)
 
 

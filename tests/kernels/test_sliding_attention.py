@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from brise.kernels import attention_blocks, attention_ops, attention_reference
 from brise.kernels.attention_bounds import key_bounds, query_ranges
 from brise.kernels.attention_ops import sliding_attention
-from brise.kernels.budget import check_budget
+from brise.kernels.budget import check_budget, relative_error
 
 IMPLS = ("auto", "reference")
 ENDS = torch.tensor([0, 1, 1, 14, 14, 30, 31])
@@ -86,7 +86,7 @@ def test_bounds_that_differ_on_one_side_alone(impl, side):
     """All queries end, or begin, with the same key."""
     q, k, v = states(1, 6, 9)
     bounds = torch.tensor([[[0] * 6, [9] * 6]], dtype=torch.int32)
-    bounds[0, side] = torch.tensor([0, 3, 1, 8, 2, 5]) + side
+    bounds[0, side] = torch.tensor([3, 0, 1, 8, 2, 5]) + side
     out = sliding_attention(q, k, v, bounds=bounds, impl=impl)
     torch.testing.assert_close(out, by_torch(q, k, v, attention_reference.visible_in(bounds, 9)))
 
@@ -151,6 +151,22 @@ def test_half_precision_gradients_keep_the_budget(impl):
             check_budget(one, plain, right, f"{impl} {dtype}")
 
 
+def test_gradients_of_a_key_are_summed_over_the_blocks_in_float32(monkeypatch):
+    """Hundreds of blocks, values of one sign: a sum that is kept in half precision between them stands still."""
+    monkeypatch.setattr(attention_blocks, "_SCORES", 1)
+    torch.manual_seed(4)
+    q, k, v = states(1, 2000, 3, 2, 1, 8, torch.bfloat16)
+    q, up = q.abs(), torch.rand(q.shape).bfloat16()
+    v = torch.tensor([2.0, 0.0, -1.0]).bfloat16()[None, :, None, None].expand(v.shape)
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = sliding_attention(*leaves, causal=False)
+        results.append(torch.autograd.grad(out, leaves[1:], up.to(dtype)))
+    for got, exact in zip(*results):
+        assert relative_error(got, exact) < 2**-7  # that of the inputs' and the output's own roundings
+
+
 def test_no_key_gives_zero_and_takes_no_gradient():
     q, k, v = (x.requires_grad_() for x in states(2, 9, 9))
     for impl in IMPLS:
@@ -159,6 +175,16 @@ def test_no_key_gives_zero_and_takes_no_gradient():
         dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
         for grad in (dq, dk, dv):
             assert grad.isfinite().all() and not grad[0, :4].any() and not grad[1].any()
+
+
+def test_whole_blocks_of_queries_that_see_nothing(monkeypatch):
+    monkeypatch.setattr(attention_blocks, "_SCORES", 1)  # 8 queries a block: two of them see nothing
+    q, k, v = (x.requires_grad_() for x in states(1, 31, 31))
+    bounds = key_bounds(31, 31, device=q.device, window=None, causal=True, starts=torch.tensor([20]))
+    out, lse = torch.ops.brise.sliding_attention(q, k, v, bounds, 0, False, 0, 0.5, "auto")
+    assert not out[:, :20].any() and (lse[:, :20] == -torch.inf).all() and lse[:, 20:].isfinite().all()
+    dq, *_ = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not dq[:, :20].any() and dq[:, 21:].any()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -308,7 +334,7 @@ def test_compiles_into_one_graph():
         got = torch.autograd.grad(out.sum(), (q, k, v))
         for one, right in zip(got, torch.autograd.grad(want.sum(), (q, k, v))):
             torch.testing.assert_close(one, right)
-    with pytest.raises(RuntimeError, match=r"starts must lie in 0 .. 7"):
+    with pytest.raises(RuntimeError, match=r"starts must lie in 0 .. the number of keys"):
         compiled(q, k, v, torch.tensor([0, 8]))
 
 

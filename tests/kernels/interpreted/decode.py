@@ -1,10 +1,11 @@
 """Run by test_interpreted.py under TRITON_INTERPRET=1: decode attention on the CPU against float64."""
 
+import functools
 import itertools
 import math
 
 import torch
-from attention_forward import check_owners, guarded, poison
+from attention_forward import check_owners, count_products, guarded, poison
 
 from brise.kernels import decode_reference, launch, ops, tuning_decode
 from brise.kernels.budget import check_budget
@@ -173,6 +174,20 @@ def check_owners_of_parts():
     assert made == q.numel() + parts, f"{made} places written, outputs {q.numel()} and parts {parts}"
 
 
+def check_cost():
+    """Two products for each step that holds a key which some query sees, and none for steps before or behind them."""
+    for count, window, queries in ((150, 20, 1), (93, 70, 3), (200, None, 1), (33, 160, 1)):
+        q, given, _, _ = case((count,), 2, 1, 16, 160, torch.float32, window=window, queries=queries)
+        first = max(0, count - queries + 1 - (window or 160), count - 160)
+        step = tuning_decode.decode_config(16, 4, 16).bn
+        assert step < tuning_decode.CHUNK
+        steps = -(-count // step) - first // step
+        made = count_products(
+            functools.partial(ops.decode_attention, q, **given, window=window, impl="triton")
+        )
+        assert made == 2 * steps, f"{made} products for {steps} steps, {count} {window} {queries}"
+
+
 def check_long_sums():
     """Many steps of one program: a sum that is kept in half precision between them loses bits."""
     before, tuning_decode.CHUNK = tuning_decode.CHUNK, 4096
@@ -274,6 +289,7 @@ if __name__ == "__main__":
     check_counts_near_the_end_of_32_bits()
     check_counts_beyond_32_bits()
     check_owners_of_parts()
+    check_cost()
     check_long_sums()
     check_large_scores()
     check_strides()
