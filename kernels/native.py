@@ -167,9 +167,9 @@ def matmul(
     in any bit.
 
     Computed in fp32 and rounded once. Where the processor adds up products of bytes, integers of 2, 4 and by tile
-    registers 8 bits are multiplied in integers, x rounded to 24 bits of the largest in a few channels, or 26 and more
-    of a group; where it multiplies bf16, nf4 and fp4 of bf16 activations with the format's values in bf16. Sums are
-    fp32 in either.
+    registers 8 bits are multiplied in integers: x of fp32 is rounded to 24 bits of the largest in a few channels, x of
+    16 bits to 16 of them, or any to 26 and more of a group. Where it multiplies bf16, nf4 and fp4 of bf16 activations
+    with the format's values in bf16. Sums are fp32 in either.
     """
     w = stored(w)
     return multiply(x, described(w), w.shape, bias, library, batch_invariant)
