@@ -159,7 +159,11 @@ def test_gradients_of_a_key_are_summed_over_the_blocks_in_float32(monkeypatch):
     q, up = q.abs(), torch.rand(q.shape).bfloat16()
     v = torch.tensor([2.0, 0.0, -1.0]).bfloat16()[None, :, None, None].expand(v.shape)
     results = []
-    for dtype, impl in ((torch.bfloat16, "auto"), (torch.bfloat16, "reference"), (torch.float64, "reference")):
+    for dtype, impl in (
+        (torch.bfloat16, "auto"),
+        (torch.bfloat16, "reference"),
+        (torch.float64, "reference"),
+    ):
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         out = sliding_attention(*leaves, causal=False, impl=impl)
         results.append(torch.autograd.grad(out, leaves[1:], up.to(dtype)))
