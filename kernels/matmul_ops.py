@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ def quant_matmul(
     impl: str = "auto",
     batch_invariant: bool = False,
 ) -> Tensor:
-    """x [..., K] @ W^T (+ bias [N]) -> [..., N] in x's dtype, with a gradient to x (and to the bias).
+    """x [..., K] @ W^T (+ bias [N]) -> [..., N] in x's dtype, with a gradient to x (and to the bias),
+    and in forward mode a tangent.
 
     Args:
         batch_invariant: a row's bits do not depend on the other rows.
@@ -41,11 +43,15 @@ def quant_matmul(
     t = tuple(map(w.tensors.get, TENSORS))
     if needs_no_op(x, bias, t):
         return _product(w.format, x, t, bias, w.shape[0], w.layout, impl, batch_invariant)
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        # torch's custom ops would drop it without a word
-        raise NotImplementedError(
-            "products with a quantized weight have no forward-mode derivative: take the backward, or dequantize"
-        )
+    if forward_ad._current_level >= 0:
+        # torch's custom ops would drop a tangent without a word; that of a product is the product of it
+        x, along = forward_ad.unpack_dual(x)
+        bias, shift = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+        if along is not None or shift is not None:
+            along = torch.zeros_like(x) if along is None else along
+            options: dict[str, Any] = {"impl": impl, "batch_invariant": batch_invariant}
+            moved = quant_matmul(along, w, shift, **options)
+            return forward_ad.make_dual(quant_matmul(x, w, bias, **options), moved)
     op = getattr(torch.ops.brise, f"{w.format}_matmul")
     return op(x, *t, bias, w.shape[0], w.layout, impl, batch_invariant)
 

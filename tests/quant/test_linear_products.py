@@ -262,14 +262,22 @@ def test_the_direct_product_leaves_gradients_to_the_op():
         module(x.detach())
 
 
-def test_a_forward_mode_derivative_is_refused_and_not_dropped():
-    module = QuantLinear.from_quantized(make("int4"))
-    x, tangent = torch.randn(2, 128), torch.randn(2, 128)
-    expected = module(x)
+def test_a_product_has_its_forward_mode_derivative():
+    """As torch has it of a dense layer, of the input and of the bias, by either of torch's interfaces."""
+    module = QuantLinear.from_quantized(make("int4"), torch.randn(64))
+    dense = module.quantized().dequantize()
+    x, along, shift = torch.randn(2, 128), torch.randn(2, 128), torch.randn(64)
+    expected, moved = module(x), along @ dense.T
     with torch.autograd.forward_ad.dual_level():
-        assert torch.equal(module(x), expected), "of what has none the product is as ever"
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            module(torch.autograd.forward_ad.make_dual(x, tangent))
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(module, (x,), (tangent,))
+        assert torch.equal(module(x), expected), "of what has no tangent the product is as ever"
+        for ours in (module, lambda dual: ops.quant_matmul(dual, module._weight("portable"), module.bias)):
+            out, tangent = torch.autograd.forward_ad.unpack_dual(
+                ours(torch.autograd.forward_ad.make_dual(x, along))
+            )
+            torch.testing.assert_close(out, expected)
+            torch.testing.assert_close(tangent, moved)
+        bias = torch.autograd.forward_ad.make_dual(module.bias.detach(), shift)
+        out = ops.quant_matmul(x, module._weight("portable"), bias)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(out).tangent, shift.expand(2, -1))
+    torch.testing.assert_close(torch.func.jvp(module, (x,), (along,)), (expected, moved))
     assert torch.equal(torch.vmap(module)(x), expected)
